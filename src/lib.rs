@@ -1,0 +1,21 @@
+//! Batched LLM decoding with Polar Sparsity, behind a stable C ABI.
+//!
+//! The path of a user: a context, a model (a Hugging Face folder), its routers, an engine; then
+//! submit requests, step, and read events until done. The C functions are in [`ffi`]; the same
+//! path in Rust starts at [`engine::Engine`].
+//!
+//! Modules import one way: `ffi → engine → {sched, kv, sample, sparsity, model, backend}`, and
+//! `tests/layers.rs` holds them to it.
+
+pub mod backend;
+pub mod dtype;
+pub mod engine;
+pub mod error;
+pub mod format;
+pub mod model;
+pub mod sample;
+pub mod sparsity;
+pub mod sys;
+pub mod tensor;
+
+pub use error::{Error, Result, Status};

@@ -1,0 +1,1 @@
+//! The operating system: files, memory, threads, clock, fork. The only module that talks to libc.
