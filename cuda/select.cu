@@ -1,0 +1,138 @@
+// Which heads and neurons a decode step computes, from router logits. Exact: ties go to the lower
+// index, NaN sorts last and is counted; lists are ascending.
+#include "common.cuh"
+
+namespace selection {
+
+// Block b = sequence b, a thread per unit (at most 256). A unit's score is its logit, or the largest of
+// its group's when the router has one row per query head. Its rank is the number of better units;
+// it stays when the rank is below keep[b]. Rows of unselected heads in `attention` become zero.
+template <class T> DEVICE void heads(const SelectParams& p) {
+    SHARED_BYTES(shared);
+    uint32_t* keys = (uint32_t*)shared;    // [256]
+    uint32_t* kept = keys + 256;           // [8] warps' counts
+    uint32_t* kept_flags = kept + 8;       // [256]
+    const uint32_t b = block_x(), unit = thread_index(), units = p.units, keep = p.keep[b];
+    uint32_t key = 0;
+    if (unit < units) {
+        const uint32_t each = p.logits.columns / units;
+        for (uint32_t i = 0; i < each; i++) {
+            const uint32_t column = unit * each + i;
+            float v = partial_at(p.logits, p.rows, b, column);
+            if (p.bias) v += to_float(((const T*)p.bias)[column]);
+            if (v != v) atomic_add(p.nan_count, 1);
+            const uint32_t k = sort_key(v);
+            key = k > key ? k : key;
+        }
+        keys[unit] = key;
+    }
+    sync_block();
+    bool stays = false;
+    if (unit < units) {
+        uint32_t rank = 0;
+        for (uint32_t v = 0; v < units; v++) rank += keys[v] > key || (keys[v] == key && v < unit);
+        stays = rank < keep;
+    }
+    kept_flags[unit] = stays;
+    const uint32_t bits = vote(stays);
+    if (lane_index() == 0) kept[warp_index()] = count_bits(bits);
+    sync_block();
+    uint32_t place = count_bits(bits & ((1u << lane_index()) - 1));
+    for (int w = 0; w < warp_index(); w++) place += kept[w];
+    if (stays) p.selected[b * units + place] = (uint16_t)unit;
+    T* row = (T*)p.attention + (uint64_t)b * units * p.unit_width;
+    for (uint32_t i = thread_index(); i < units * p.unit_width; i += block_threads())
+        if (!kept_flags[i / p.unit_width]) row[i] = T{0};
+}
+
+// Block = group: score[j] = sum over the group's rows of max(logit[row][j], 0); the `keep` best
+// become a bit mask and, for group 0, a list. Radix select: the threshold key is found 8 bits at a
+// time from histograms in shared memory, then one ordered pass writes what is above it and the
+// first of those equal to it. Shared memory: n + 256 + threads words.
+DEVICE void neurons(const NeuronParams& p) {
+    SHARED_BYTES(shared);
+    uint32_t* keys = (uint32_t*)shared;          // [n]
+    uint32_t* histogram = keys + p.n;            // [256]
+    uint32_t* counts = histogram + 256;          // [threads] above the threshold, then equal to it
+    uint32_t* equals = counts + block_threads();
+    uint32_t* found = equals + block_threads();  // [2] threshold prefix, still wanted
+    const uint32_t group = p.first_group + block_x(), thread = thread_index(), threads = block_threads();
+    const uint32_t keep = group == 0 ? p.keep0 : p.keep_other;
+    if (keep == NONE) return;
+
+    uint32_t nans = 0;
+    for (uint32_t j = thread; j < p.n; j += threads) {
+        float score = 0;
+        for (uint32_t r = 0; r < p.rows; r++) {
+            if (p.group[r] != group) continue;
+            const float v = partial_at(p.logits, p.rows, r, j);
+            if (v != v) nans++;
+            score += v < 0 ? 0.0f : v;  // NaN stays NaN
+        }
+        keys[j] = sort_key(score);
+    }
+    if (nans) atomic_add(p.nan_count, nans);
+    if (thread == 0) {
+        found[0] = 0;
+        found[1] = keep;
+    }
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        if (thread < 256) histogram[thread] = 0;
+        sync_block();
+        const uint32_t prefix = found[0], above_mask = shift == 24 ? 0 : ~0u << (shift + 8);
+        for (uint32_t j = thread; j < p.n; j += threads)
+            if ((keys[j] & above_mask) == prefix) atomic_add(histogram + (keys[j] >> shift & 255), 1);
+        sync_block();
+        if (thread == 0) {
+            uint32_t wanted = found[1], digit = 255;
+            while (digit > 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
+            found[0] = prefix | digit << shift;
+            found[1] = wanted;
+        }
+        sync_block();
+    }
+    // Each thread owns a run of whole words of the mask, so runs are in index order.
+    const uint32_t threshold = found[0], equal_wanted = found[1];
+    const uint32_t words = (p.n + 31) / 32, each = (words + threads - 1) / threads;
+    const uint32_t begin = thread * each * 32 < p.n ? thread * each * 32 : p.n;
+    const uint32_t end = begin + each * 32 < p.n ? begin + each * 32 : p.n;
+    uint32_t above = 0, equal = 0;
+    for (uint32_t j = begin; j < end; j++) {
+        above += keys[j] > threshold;
+        equal += keys[j] == threshold;
+    }
+    counts[thread] = above;
+    equals[thread] = equal;
+    sync_block();
+    for (uint32_t step = 1; step < threads; step *= 2) {  // inclusive prefix sums
+        const uint32_t a = thread >= step ? counts[thread - step] : 0, e = thread >= step ? equals[thread - step] : 0;
+        sync_block();
+        counts[thread] += a;
+        equals[thread] += e;
+        sync_block();
+    }
+    uint32_t seen_equal = equals[thread] - equal;
+    uint32_t place = counts[thread] - above + (seen_equal < equal_wanted ? seen_equal : equal_wanted);
+    uint32_t* mask = p.masks ? p.masks + (uint64_t)group * words : nullptr;
+    uint32_t word = 0;
+    for (uint32_t j = begin; j < end; j++) {
+        bool stays = keys[j] > threshold;
+        if (keys[j] == threshold) stays = seen_equal++ < equal_wanted;
+        if (stays) {
+            if (p.index && group == 0) p.index[place] = j;
+            place++;
+            word |= 1u << (j % 32);
+        }
+        if (j % 32 == 31 || j + 1 == end) {
+            if (mask) mask[j / 32] = word;
+            word = 0;
+        }
+    }
+    if (p.index && group == 0 && thread < 8 && keep % 8 && thread >= keep % 8) p.index[keep / 8 * 8 + thread] = 0;
+}
+
+}  // namespace selection
+
+KERNEL(256, 1) select_heads_bf16(const GRID_CONSTANT SelectParams p) { selection::heads<bf16>(p); }
+KERNEL(256, 1) select_heads_f16(const GRID_CONSTANT SelectParams p) { selection::heads<f16>(p); }
+KERNEL(1024, 1) select_neurons(const GRID_CONSTANT NeuronParams p) { selection::neurons(p); }
