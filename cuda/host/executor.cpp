@@ -155,17 +155,24 @@ bool run(const Grid& g, const std::function<void()>& kernel) {
         }
         if (g.seed) std::shuffle(order.begin(), order.end(), random);
         int left = g.threads;
+        std::vector<int> asleep(warps.size(), 0);
         while (left) {
             uint64_t before = progress;
+            bool slept = false;
+            // A warp may fall behind the others by any amount, as on a GPU.
+            for (int& a : asleep) {
+                if (a) a--, slept = true;
+                else if (g.seed && random() % 64 == 0) a = (int)(random() % 512);
+            }
             for (int i : order) {
                 Fiber& f = fibers[i];
-                if (f.done) continue;
+                if (f.done || asleep[i / 32]) continue;
                 current = &f;
                 self = &f.thread;
                 enter(f);
                 if (f.done) left--;
             }
-            if (progress == before) return false;
+            if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return false;
         }
     }
     return true;

@@ -241,7 +241,7 @@ fn prefill(bench: &Bench, dtype: DType, hd: usize, group: usize, window: usize) 
     let kv_heads = 2;
     let heads = kv_heads * group;
     // (context after the chunk, tokens of the chunk)
-    let chunks = [(70, 70), (100, 9), (16, 1), (33, 17), (1, 1)];
+    let chunks = [(70, 70), (100, 9), (16, 1), (33, 17), (1, 1), (300, 20)];
     let lengths: Vec<usize> = chunks.iter().map(|c| c.0).collect();
     let cache = Cache::new(&mut rng, dtype, hd, kv_heads, &lengths);
     let rows: usize = chunks.iter().map(|c| c.1).sum();
