@@ -8,3 +8,4 @@
 #include "select.cu"
 #include "sample.cu"
 #include "transfer.cu"
+#include "synthetic.cu"

@@ -183,3 +183,18 @@ struct ConvertParams {
     uint32_t in_kind;
     uint32_t out_kind;
 };
+
+// Benchmarks: memory to read, and random contents.
+struct StreamParams {
+    const void* at;
+    void* sink;
+    uint64_t count;  // of 16 bytes
+};
+
+struct FillParams {
+    void* at;
+    uint64_t count;
+    uint64_t seed;
+    float scale;
+    float offset;
+};

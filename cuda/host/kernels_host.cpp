@@ -36,6 +36,8 @@ const Named kernels[] = {
     ONE(argmax, ArgmaxParams)
     ONE(transpose16, TransposeParams)
     ONE(convert, ConvertParams)
+    ONE(read_stream, StreamParams)
+    BOTH(fill, FillParams)
 };
 
 }  // namespace
@@ -61,7 +63,7 @@ extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams),
                               sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
                               sizeof(PrefillParams), sizeof(ActivateParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
-                              sizeof(TransposeParams), sizeof(ConvertParams)};
+                              sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;
     for (int i = 0; i < n; i++) out[i] = sizes[i];
     return n;

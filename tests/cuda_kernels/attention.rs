@@ -2,7 +2,6 @@
 
 use crate::bench::{Bench, Rng, close};
 use crate::orders;
-use polar_sparsity::backend::cuda::device::Device;
 use polar_sparsity::backend::cuda::launch::Kernels;
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;

@@ -1,5 +1,7 @@
 //! Memory and numbers for the cases.
 
+#[cfg(feature = "cuda")]
+use crate::gpu;
 use crate::host_device::Host;
 use half::{bf16, f16};
 use polar_sparsity::backend::cuda::device::{self, Device};
@@ -58,18 +60,24 @@ pub fn bytes16(v: &[f64], dtype: DType) -> Vec<u8> {
 
 /// A device whose memory lives as long as the case.
 pub struct Bench {
-    pub device: Host,
+    pub device: Box<dyn Device>,
 }
 
 impl Bench {
     pub fn new(seed: u32) -> Bench {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = gpu::chosen() {
+            return Bench { device };
+        }
         let device = Host::new();
         device.seed.store(seed, Ordering::Relaxed);
-        Bench { device }
+        Bench { device: Box::new(device) }
     }
     /// Memory full of NaN.
     pub fn room(&self, bytes: usize) -> Ptr {
-        self.device.alloc(bytes as u64).unwrap()
+        let at = self.device.alloc(bytes as u64).unwrap();
+        self.device.copy_in(at, &vec![0xff; bytes]).unwrap();
+        at
     }
     pub fn raw(&self, bytes: &[u8]) -> Ptr {
         let at = self.room(bytes.len());
@@ -86,7 +94,7 @@ impl Bench {
         self.raw(&v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>())
     }
     pub fn start<P: Params>(&self, launch: &Launch, params: &P) {
-        device::start(&self.device, launch, params).unwrap();
+        device::start(&*self.device, launch, params).unwrap();
     }
     pub fn bytes(&self, at: Ptr, n: usize) -> Vec<u8> {
         let mut out = vec![0; n];

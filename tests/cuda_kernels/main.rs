@@ -1,9 +1,12 @@
 //! The CUDA kernels' logic on the CPU, against f64 references: every kernel on small shapes, with NaN
-//! in every byte that must not be read, in two orders of threads and blocks.
+//! in every byte that must not be read, in several orders of threads and blocks. With the feature `cuda`
+//! and POLAR_TEST_GPU=1 the same cases run on the first GPU.
 #![allow(unreachable_pub, dead_code, clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
 
 mod attention;
 mod bench;
+#[cfg(feature = "cuda")]
+mod gpu;
 #[path = "../support/host_device.rs"]
 mod host_device;
 mod linear;

@@ -165,6 +165,9 @@ impl Device for Host {
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
+    fn finished(&self, _: u64) -> Result<bool> {
+        Ok(true)
+    }
     fn record(&self) -> Result<bool> {
         *self.recording.lock().unwrap() = Some(Vec::new());
         Ok(true)

@@ -30,6 +30,9 @@ pub trait Device: Send + Sync + 'static {
     /// Waits for everything started.
     fn synchronize(&self) -> Result<()>;
 
+    /// Waits up to `timeout_ns` for everything started; true when it is done.
+    fn finished(&self, timeout_ns: u64) -> Result<bool>;
+
     /// Starts recording launches instead of running them; false: cannot.
     fn record(&self) -> Result<bool>;
     /// Ends recording; the recorded launches as a program of this device.
@@ -41,7 +44,7 @@ pub trait Device: Send + Sync + 'static {
 }
 
 /// Starts a kernel with its parameters.
-pub fn start<D: Device, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
+pub fn start<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
     // SAFETY: `Params` are plain repr(C) structs; their bytes are read only.
     let bytes = unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) };
     device.start(launch, bytes)

@@ -24,7 +24,7 @@ macro_rules! names {
     ($($name:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
-            "select_neurons", "argmax", "transpose16", "convert",
+            "select_neurons", "argmax", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
             "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
@@ -210,6 +210,17 @@ impl Kernels {
     pub fn convert(&self, count: u64) -> Launch {
         let blocks = count.div_ceil(1024).clamp(1, 4096) as u32;
         Launch { kernel: self.convert, grid: (blocks, 1), threads: 256, shared: 0 }
+    }
+
+    /// A read of all of some memory, to measure the device's ceiling.
+    pub fn read_stream(&self) -> Result<Launch> {
+        Ok(Launch { kernel: by_name("read_stream")?, grid: (4 * self.multiprocessors, 1), threads: 512, shared: 0 })
+    }
+
+    /// Random contents of a 16-bit type.
+    pub fn fill(&self, dtype: DType) -> Result<Launch> {
+        let kernel = by_name(if dtype == DType::BF16 { "fill_bf16" } else { "fill_f16" })?;
+        Ok(Launch { kernel, grid: (8 * self.multiprocessors, 1), threads: 256, shared: 0 })
     }
 
     /// Blocks of the decode attention: as many as run at once.

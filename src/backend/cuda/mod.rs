@@ -5,5 +5,7 @@
 //! `cuda/host`, which runs the same kernel sources on the CPU.
 
 pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
 pub mod launch;
 pub mod params;

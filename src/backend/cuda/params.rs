@@ -92,10 +92,14 @@ params! {
     TransposeParams { input: Ptr, out: Ptr, in_rows: u32, columns: u32, out_columns: u32, first: u32 }
     /// See the header.
     ConvertParams { input: Ptr, out: Ptr, count: u64, in_kind: u32, out_kind: u32 }
+    /// See the header.
+    StreamParams { at: Ptr, sink: Ptr, count: u64 }
+    /// See the header.
+    FillParams { at: Ptr, count: u64, seed: u64, scale: f32, offset: f32 }
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 14] {
+pub fn sizes() -> [usize; 16] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
@@ -112,5 +116,7 @@ pub fn sizes() -> [usize; 14] {
         s::<ArgmaxParams>(),
         s::<TransposeParams>(),
         s::<ConvertParams>(),
+        s::<StreamParams>(),
+        s::<FillParams>(),
     ]
 }
