@@ -24,7 +24,7 @@ def write(path, tensors, metadata=None):
     header, blobs, at = {}, [], 0
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
-    for name in sorted(tensors):
+    for name in sorted(tensors, key=lambda n: (-_SIZE[tensors[n][0]], n)):  # wide types first: all stay aligned
         dtype, a = tensors[name]
         a = np.ascontiguousarray(a, dtype=_TO_NP[dtype])
         blob = a.tobytes()
