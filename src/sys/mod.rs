@@ -1,1 +1,3 @@
 //! The operating system: files, memory, threads, clock, fork. The only module that talks to libc.
+
+pub mod file;
