@@ -17,5 +17,7 @@ pub mod sample;
 pub mod sparsity;
 pub mod sys;
 pub mod tensor;
+#[cfg(feature = "text")]
+pub mod text;
 
 pub use error::{Error, Result, Status};
