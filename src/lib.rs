@@ -19,5 +19,7 @@ pub mod sched;
 pub mod sparsity;
 pub mod sys;
 pub mod tensor;
+#[cfg(feature = "text")]
+pub mod text;
 
 pub use error::{Error, Result, Status};
