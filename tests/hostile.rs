@@ -120,6 +120,7 @@ fn crafted_headers() {
         (&format!("{{\"a\\nb\":{entry}}}"), 4, Status::E_FORMAT, "control characters"),
         (&format!("{{\"\":{entry}}}"), 4, Status::E_FORMAT, "is empty"),
         (&f32_of("[1,1,1,1,1]", 4), 4, Status::E_LIMIT, "rank 5 stored, at most 4"),
+        (&f32_of(&format!("[{}1]", "1,".repeat(1_000_000)), 4), 4, Status::E_LIMIT, "more than 64 items"),
         (&f32_of("[2147483649]", 4), 4, Status::E_LIMIT, "dimension 2147483649"),
         (&f32_of("[2147483648,2147483648,2147483648]", 4), 4, Status::E_FORMAT, "overflows"),
         (&f32_of("[2147483648,2147483648]", 4), 4, Status::E_FORMAT, "overflows"),
