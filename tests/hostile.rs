@@ -1,6 +1,8 @@
 //! Files made to hurt. Whatever their bytes say, opening them is an error with one line of text:
 //! never a panic, an abort, a hang, or memory of the size a file merely claims.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod files;
 
 use files::*;

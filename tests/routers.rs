@@ -1,6 +1,8 @@
 //! Router files open for the model they were made for, and are refused for any other with a sentence
 //! that says why.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod files;
 
 use files::*;
