@@ -1,1 +1,5 @@
 //! The operating system: files, memory, threads, clock, fork. The only module that talks to libc.
+
+pub mod alloc;
+pub mod pool;
+pub mod split;

@@ -1,0 +1,4 @@
+//! The CPU backend.
+mod matrix;
+mod load;
+pub(crate) mod simd;
