@@ -16,8 +16,7 @@ use crate::sample::Params;
 pub use crate::sparsity::Site;
 use crate::sparsity::router::RouterFile;
 
-/// Tokens in one KV page.
-pub const PAGE_TOKENS: usize = 16;
+pub use crate::kv::PAGE_TOKENS;
 
 /// What a stage computes for the rows that the plan lets be sparse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
