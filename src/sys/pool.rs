@@ -158,6 +158,14 @@ impl Pool {
         });
     }
 
+    /// The same on the calling thread alone, for work too small to share.
+    pub fn serial<P: Split>(parts: P, task: impl Fn(P::Part, usize)) {
+        for i in 0..parts.tasks() {
+            // SAFETY: each task index comes once.
+            task(unsafe { parts.part(i) }, i);
+        }
+    }
+
     /// Runs `task` on every part of `parts`.
     pub fn each<P: Split>(&self, parts: P, task: impl Fn(P::Part, usize) + Sync) {
         self.run(parts.tasks(), &|_, i| {

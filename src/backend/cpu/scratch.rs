@@ -7,8 +7,9 @@ use super::simd::Acts;
 use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::{ModelSpec, Position};
-use crate::sample::{MAX_LOGPROBS, Sampler};
+use crate::sample;
 use crate::sparsity::Counts;
+use crate::sparsity::router::AttnUnit;
 use crate::sparsity::select::Selector;
 use crate::sys::alloc::Buf;
 use crate::sys::split::Band;
@@ -56,14 +57,14 @@ pub(super) struct Local {
     pub(super) max: Buf<f32>,
     pub(super) sum: Buf<f32>,
     pub(super) out: Buf<f32>,
-    pub(super) sampler: Sampler,
+    pub(super) sampler: sample::Scratch,
 }
 
 /// One token's choice and its alternatives.
 #[derive(Clone, Copy)]
 pub(super) struct Choice {
     pub(super) sampled: Sampled,
-    pub(super) top: [(u32, f32); MAX_LOGPROBS],
+    pub(super) top: [(u32, f32); sample::MAX_LOGPROBS],
 }
 
 /// What attention computes in one task: consecutive rows of one sequence within one page.
@@ -103,6 +104,7 @@ pub struct CpuScratch {
     pub(super) last: Buf<f32>,
     pub(super) last_acts: ActBuf,
     pub(super) logits: Buf<f32>,
+    pub(super) vocab: usize,
     pub(super) choices: Vec<Choice>,
     pub(super) select: Selection,
     pub(super) counts: Vec<Counts>,
@@ -114,11 +116,14 @@ pub struct CpuScratch {
 /// Router logits and what was selected.
 pub(super) struct Selection {
     pub(super) selector: Selector,
+    pub(super) kv_heads: usize,
+    /// Query heads per KV head.
+    pub(super) group: usize,
     /// `[decode row][units of the router]`.
     pub(super) attn_logits: Buf<f32>,
     pub(super) attn_width: usize,
-    /// Layer whose router logits are there.
-    pub(super) attn_layer: Option<usize>,
+    /// Layer whose router logits are there, and what they score.
+    pub(super) attn_layer: Option<(usize, AttnUnit)>,
     /// `[decode row][kv head]`.
     pub(super) live: Vec<bool>,
     pub(super) unit_scores: Vec<f32>,
@@ -129,7 +134,8 @@ pub(super) struct Selection {
     pub(super) low_stride: usize,
     /// `[routed row][neuron]`.
     pub(super) mlp_logits: Buf<f32>,
-    pub(super) mlp_layer: Option<usize>,
+    /// Layer whose router logits are there, and their width.
+    pub(super) mlp_layer: Option<(usize, usize)>,
     /// Rows in the order of `mlp_logits`: reference rows, then invariant rows.
     pub(super) routed: Vec<u32>,
     pub(super) n_reference: usize,
@@ -166,7 +172,7 @@ impl CpuScratch {
             locals.push(Local::new(spec, limits, dims, kv_bf16)?);
         }
         let y_rows = if spec.activation.gated() { 0 } else { rows };
-        let choice = Choice { sampled: Sampled::default(), top: [(0, 0.0); MAX_LOGPROBS] };
+        let choice = Choice { sampled: Sampled::default(), top: [(0, 0.0); sample::MAX_LOGPROBS] };
         let none = Unit { seq: 0, decode: false };
         // A chunk of n rows touches at most n/16 + 2 pages.
         let bands = batch.saturating_mul(2).saturating_add(rows);
@@ -191,6 +197,7 @@ impl CpuScratch {
             last: f32s(batch, hidden_stride)?,
             last_acts: ActBuf::new(w.bf16, if w.bf16 { batch } else { 0 }, hidden)?,
             logits: f32s(batch, vocab)?,
+            vocab,
             choices: try_vec(batch, choice, "sampled tokens")?,
             select: Selection::new(spec, r, limits)?,
             counts: try_vec(batch, Counts::default(), "counts")?,
@@ -201,7 +208,7 @@ impl CpuScratch {
     }
 
     /// Whether a step fits what was sized, so that no stage has to ask again.
-    pub(super) fn check(&self, step: &Step, vocab: usize, pages: Option<usize>) -> Result<()> {
+    pub(super) fn check(&self, step: &Step) -> Result<()> {
         let rows = step.tokens.len();
         let bad = |what: &str| Err(Error::invalid(format!("step: {what}")));
         if rows > self.limits.max_rows || step.positions.len() != rows {
@@ -210,14 +217,11 @@ impl CpuScratch {
         if step.seqs.len() > self.limits.max_batch || step.logit_rows.len() > self.limits.max_batch {
             return bad("more sequences than the engine was made for");
         }
-        if step.tokens.iter().any(|&t| t as usize >= vocab) {
+        if step.tokens.iter().any(|&t| t as usize >= self.vocab) {
             return bad("a token is not in the vocabulary");
         }
-        if step.logit_rows.iter().any(|&r| r as usize >= rows) {
+        if step.logit_rows.len() > rows || step.logit_rows.iter().any(|&r| r as usize >= rows) {
             return bad("logits of a row that is not there");
-        }
-        if pages.is_some_and(|n| step.pages.iter().any(|&p| p as usize >= n)) {
-            return bad("a page is not in the cache");
         }
         let mut next = 0;
         for (i, s) in step.seqs.iter().enumerate() {
@@ -271,7 +275,7 @@ impl Local {
             max: zeros(queries)?,
             sum: zeros(queries * 16)?,
             out: zeros(queries * dims)?,
-            sampler: Sampler::new(spec.vocab_size as usize)?,
+            sampler: sample::Scratch::new(spec.vocab_size as usize)?,
         })
     }
 }
@@ -290,6 +294,8 @@ impl Selection {
         }
         Ok(Selection {
             selector: Selector::new(neurons.max(kv_heads))?,
+            kv_heads,
+            group: spec.group() as usize,
             attn_logits: Buf::zeroed(batch * heads, "router logits")?,
             attn_width: heads,
             attn_layer: None,

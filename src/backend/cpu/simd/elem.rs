@@ -1,7 +1,8 @@
 //! Norms, activations and conversions of one row.
 
-use super::vec::{LANES, Simd, bf16_bits, exp};
+use super::vec::{LANES, Simd, bf16_bits, exp, fold};
 use super::{Isa, Kernel};
+use crate::sys::alloc::Pod;
 
 /// `out = x / sqrt(mean(x²) + eps) * weight` over `weight.len()` elements.
 pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -46,8 +47,13 @@ pub(crate) fn relu(v: f32) -> f32 {
 }
 
 /// Asks for a piece of memory ahead of its use.
-pub(crate) fn prefetch(isa: Isa, bytes: &[u8]) {
-    isa.run(Prefetch { bytes });
+pub(crate) fn prefetch<T: Pod>(isa: Isa, data: &[T]) {
+    isa.run(Prefetch { from: data.as_ptr().cast(), bytes: size_of_val(data) });
+}
+
+/// The sum of sixteen lanes, halves folded onto each other.
+pub(crate) fn fold_sum(lanes: &[f32; LANES]) -> f32 {
+    fold(*lanes, |a, b| a + b)
 }
 
 /// Sum of `x - shift` or of its squares: four vectors of partial sums, then the rest.
@@ -174,17 +180,18 @@ unsafe fn silu_mul_lanes<S: Simd>(gate: &mut [f32; LANES], up: &[f32; LANES]) {
     }
 }
 
-struct Prefetch<'a> {
-    bytes: &'a [u8],
+struct Prefetch {
+    from: *const u8,
+    bytes: usize,
 }
 
-impl Kernel for Prefetch<'_> {
+impl Kernel for Prefetch {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for line in self.bytes.chunks(64) {
+        for at in (0..self.bytes).step_by(64) {
             // SAFETY: a prefetch touches nothing.
-            unsafe { S::prefetch(line.as_ptr()) }
+            unsafe { S::prefetch(self.from.wrapping_add(at)) }
         }
     }
 }

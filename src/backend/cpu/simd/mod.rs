@@ -11,7 +11,7 @@ mod x86;
 
 pub(crate) use attend::{KvPiece, Queries, attend_page};
 pub(crate) use dot::dots;
-pub(crate) use elem::{layer_norm, prefetch, relu, relu_mul, rms_norm, silu_mul, to_bf16};
+pub(crate) use elem::{fold_sum, layer_norm, prefetch, relu, relu_mul, rms_norm, silu_mul, to_bf16};
 pub(crate) use outer::{LANE_ORDER, outer};
 pub(crate) use vec::bf16_bits;
 

@@ -226,8 +226,9 @@ unsafe impl Simd for Scalar {
     unsafe fn prefetch(_: *const u8) {}
 }
 
+/// Folds halves onto each other until one lane is left.
 #[inline(always)]
-fn fold(mut v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn fold(mut v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
