@@ -172,8 +172,17 @@ fn unmap(data: NonNull<u8>, size: usize) {
 
 /// Memory the system can still give without swapping, in bytes; `None` where it does not say.
 pub fn available() -> Option<u64> {
+    meminfo("MemAvailable:")
+}
+
+/// Memory of the machine, in bytes; `None` where it does not say.
+pub fn total() -> Option<u64> {
+    meminfo("MemTotal:")
+}
+
+fn meminfo(field: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -204,6 +213,6 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn knows_free_memory() {
-        assert!(available().unwrap() > 1 << 20);
+        assert!(available().unwrap() > 1 << 20 && total() > available());
     }
 }
