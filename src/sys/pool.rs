@@ -147,7 +147,12 @@ impl Pool {
 
     /// Runs `task` on every part of `parts`, with the worker's own element of `locals`
     /// (at least as many as threads).
-    pub fn split<P: Split, L: Send>(&self, parts: P, locals: &mut [L], task: impl Fn(&mut L, P::Part, usize) + Sync) {
+    pub fn split<P: Split, L: Send>(
+        &self,
+        parts: P,
+        locals: &mut [L],
+        task: impl Fn(&mut L, P::Part, usize) + Sync,
+    ) {
         assert!(locals.len() >= self.threads(), "{} locals, {} threads", locals.len(), self.threads());
         let locals = Locals(locals.as_mut_ptr());
         self.run(parts.tasks(), &|worker, i| {

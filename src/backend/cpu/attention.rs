@@ -106,7 +106,8 @@ pub(super) fn project(
     macro_rules! go {
         ($q:expr, $e:ty, $write:expr, $put:expr) => {{
             let layer = &mut kv.layer_mut::<$e>(layer)[..pages * stride];
-            let q = Grid::columns(&mut $q[..n * heads.q_stride], heads.q_stride, heads.q_stride, heads.q_block);
+            let q =
+                Grid::columns(&mut $q[..n * heads.q_stride], heads.q_stride, heads.q_stride, heads.q_block);
             let into = Grid::columns(layer, stride, stride, piece);
             heads.run(cx, (q, into), $write, $put);
         }};

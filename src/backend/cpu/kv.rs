@@ -130,7 +130,14 @@ pub(super) fn write_bf16(piece: &mut [u16], dims: usize, slot: usize, k: &[f32],
     }
 }
 
-fn write_lanes<E: Pod>(piece: &mut [E], dims: usize, slot: usize, k: &[f32], v: &[f32], f: impl Fn(f32) -> E) {
+fn write_lanes<E: Pod>(
+    piece: &mut [E],
+    dims: usize,
+    slot: usize,
+    k: &[f32],
+    v: &[f32],
+    f: impl Fn(f32) -> E,
+) {
     clear_new(piece, slot);
     let (ks, vs) = piece.split_at_mut(PAGE_TOKENS * dims);
     for (d, &x) in k.iter().enumerate() {

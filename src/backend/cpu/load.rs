@@ -217,7 +217,14 @@ impl Loader<'_> {
     }
 
     /// The matrix `[rows, columns]` whose transpose is stored.
-    fn transposed(&mut self, dtype: DType, role: Role, rows: usize, columns: usize, pairs: bool) -> Result<Mat> {
+    fn transposed(
+        &mut self,
+        dtype: DType,
+        role: Role,
+        rows: usize,
+        columns: usize,
+        pairs: bool,
+    ) -> Result<Mat> {
         let mut mat = Mat::new(dtype, rows, columns)?;
         let stored = self.info(role)?.dtype;
         let line = rows * stored.size();

@@ -114,7 +114,14 @@ impl Mat {
 
     /// Converts columns `first..` of this matrix from rows of the transposed one. `lane_order`: put
     /// columns where products of bf16 pairs want them. `first` is a multiple of 32.
-    pub(super) fn fill_transposed(&mut self, pool: &Pool, first: usize, dtype: DType, src: &[u8], lane_order: bool) {
+    pub(super) fn fill_transposed(
+        &mut self,
+        pool: &Pool,
+        first: usize,
+        dtype: DType,
+        src: &[u8],
+        lane_order: bool,
+    ) {
         const TILE: usize = 32;
         let (rows, size, to) = (self.rows, dtype.size(), self.dtype);
         let row = self.row_bytes();
@@ -140,7 +147,11 @@ impl Mat {
     /// Widens one row.
     pub(super) fn row(&self, index: usize, out: &mut [f32]) {
         let row = self.row_bytes();
-        widen(self.dtype, &self.data[index * row..][..self.columns * self.dtype.size()], &mut out[..self.columns]);
+        widen(
+            self.dtype,
+            &self.data[index * row..][..self.columns * self.dtype.size()],
+            &mut out[..self.columns],
+        );
         if self.dtype == DType::I8 {
             out[..self.columns].iter_mut().for_each(|v| *v *= self.scales[index]);
         }

@@ -83,12 +83,7 @@ fn list_routed(select: &mut Selection, step: &Step, layer: usize) {
 }
 
 /// Lists of units to compute.
-pub(super) fn select(
-    s: &mut CpuScratch,
-    step: &Step,
-    layer: usize,
-    site: Site,
-) -> Result<()> {
+pub(super) fn select(s: &mut CpuScratch, step: &Step, layer: usize, site: Site) -> Result<()> {
     let unrouted = || Error::invalid(format!("layer {layer}: no {} router logits", site_name(site)));
     match site {
         Site::Attn => {
@@ -110,8 +105,7 @@ pub(super) fn select(
                 && select.n_reference > 0
             {
                 let rows = (0..select.n_reference).map(logits);
-                *nan_scores +=
-                    select.selector.top_k_of_batch(rows, ffn, k as usize, &mut select.reference);
+                *nan_scores += select.selector.top_k_of_batch(rows, ffn, k as usize, &mut select.reference);
             }
             if let Rule::TopK(k) = rule.invariant {
                 for i in select.n_reference..select.routed.len() {
@@ -363,7 +357,16 @@ impl Up<'_> {
             for first in (0..g.rows.len()).step_by(ROW_BLOCK) {
                 let rows = g.rows.part(first, ROW_BLOCK.min(g.rows.len() - first));
                 let tile = &mut local.tile[..rows.len() * width];
-                dots(self.cx.isa, self.from, rows, (mat.view(), mat.stride), neurons, mat.stride, tile, width);
+                dots(
+                    self.cx.isa,
+                    self.from,
+                    rows,
+                    (mat.view(), mat.stride),
+                    neurons,
+                    mat.stride,
+                    tile,
+                    width,
+                );
                 for (r, values) in tile.chunks_exact_mut(width).enumerate() {
                     for (i, v) in values.iter_mut().enumerate() {
                         let b = bias.map_or(0.0, |b| b[neurons.at(i)]);

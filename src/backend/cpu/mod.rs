@@ -77,7 +77,12 @@ impl Backend for Cpu {
         available().ok_or_else(|| Error::unsupported("this system does not say how much memory is free"))
     }
 
-    fn upload(&self, src: &dyn Weights, options: WeightOptions, progress: Progress<'_>) -> Result<CpuWeights> {
+    fn upload(
+        &self,
+        src: &dyn Weights,
+        options: WeightOptions,
+        progress: Progress<'_>,
+    ) -> Result<CpuWeights> {
         let d = src.spec().head_dim as usize;
         if d == 0 || d > attention::MAX_HEAD_DIM {
             return Err(Error::limit(format!("head_dim {d}, at most {} allowed", attention::MAX_HEAD_DIM)));
@@ -107,7 +112,10 @@ impl Backend for Cpu {
         // process later.
         let wanted = shape.page_bytes().saturating_mul(limits.pages as u64);
         if available().is_some_and(|free| wanted > free) {
-            return Err(Error::new(Status::E_NOMEM, format!("KV pages: {wanted} bytes wanted, fewer are free")));
+            return Err(Error::new(
+                Status::E_NOMEM,
+                format!("KV pages: {wanted} bytes wanted, fewer are free"),
+            ));
         }
         CpuKv::new(shape, limits.pages)
     }
@@ -149,7 +157,10 @@ impl Backend for Cpu {
             if let (Some(table), Position::Learned { offset }) = (&w.positions, &w.spec.position) {
                 let row = p as usize + *offset as usize;
                 if row >= table.rows {
-                    return Err(Error::invalid(format!("position {p}, the model has {}", w.spec.max_positions)));
+                    return Err(Error::invalid(format!(
+                        "position {p}, the model has {}",
+                        w.spec.max_positions
+                    )));
                 }
                 table.row(row, extra);
                 product::add(x, extra);

@@ -63,7 +63,16 @@ pub(super) fn product(
             let count = ROW_BLOCK.min(n - first);
             let tile = &mut local.tile[..count * width];
             let picked = Pick::Range(outs.start, width);
-            dots(cx.isa, x, rows.part(first, count), (mat.view(), mat.stride), picked, mat.stride, tile, width);
+            dots(
+                cx.isa,
+                x,
+                rows.part(first, count),
+                (mat.view(), mat.stride),
+                picked,
+                mat.stride,
+                tile,
+                width,
+            );
             for (r, values) in tile.chunks_exact_mut(width).enumerate() {
                 if let Some(bias) = bias {
                     add(values, &bias[outs.clone()]);

@@ -225,7 +225,8 @@ impl CpuScratch {
         }
         let mut next = 0;
         for (i, s) in step.seqs.iter().enumerate() {
-            if s.first_row != next || s.n_rows == 0 || s.decode && (s.n_rows != 1 || s.first_row != i as u32) {
+            if s.first_row != next || s.n_rows == 0 || s.decode && (s.n_rows != 1 || s.first_row != i as u32)
+            {
                 return bad("rows of a sequence are out of order");
             }
             next += s.n_rows;

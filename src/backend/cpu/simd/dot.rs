@@ -6,7 +6,7 @@
 //! output), so its size never changes a result. Traffic: each weight row is read once per tile of
 //! up to six activation rows, the first time from memory, then from the first-level cache.
 
-use super::vec::{Simd, LANES};
+use super::vec::{LANES, Simd};
 use super::{Acts, Isa, Kernel, PAD, Pick, Rows};
 
 /// `out[r * stride_out + o] = x[rows.at(r)] · w[outs.at(o)]` over `k` elements. `x` and `w` are
@@ -212,8 +212,10 @@ impl<L: Load> Dots<'_, L> {
     unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(&self, r: usize, o: usize) {
         // SAFETY: the picked rows lie inside their arrays, `k` elements each; results likewise.
         unsafe {
-            let x: [*const L::X; MR] = std::array::from_fn(|i| self.x.add(self.rows.at(r + i) * self.stride_x));
-            let w: [*const L::W; NR] = std::array::from_fn(|j| self.w.add(self.outs.at(o + j) * self.stride_w));
+            let x: [*const L::X; MR] =
+                std::array::from_fn(|i| self.x.add(self.rows.at(r + i) * self.stride_x));
+            let w: [*const L::W; NR] =
+                std::array::from_fn(|j| self.w.add(self.outs.at(o + j) * self.stride_w));
             let mut acc = [[S::zero(); NR]; MR];
             let mut k = 0;
             while k < self.k {

@@ -13,7 +13,14 @@ pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut 
 }
 
 /// `out = (x - mean) / sqrt(variance + eps) * weight + bias` over `weight.len()` elements.
-pub(crate) fn layer_norm(isa: Isa, x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+pub(crate) fn layer_norm(
+    isa: Isa,
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    eps: f32,
+    out: &mut [f32],
+) {
     let n = weight.len();
     let mean = isa.run(Sum { x: &x[..n], shift: 0.0, square: false }) / n as f32;
     let squares = isa.run(Sum { x: &x[..n], shift: mean, square: true });

@@ -249,7 +249,9 @@ impl Pairs<'_> {
         unsafe {
             let z: [*const u16; MR] = std::array::from_fn(|r| self.z.add(self.rows.at(r) * self.stride_z));
             let mut acc: [[[S::V; 2]; NB]; MR] = std::array::from_fn(|r| {
-                std::array::from_fn(|b| std::array::from_fn(|h| S::load(self.to[r].add(c + (2 * b + h) * LANES))))
+                std::array::from_fn(|b| {
+                    std::array::from_fn(|h| S::load(self.to[r].add(c + (2 * b + h) * LANES)))
+                })
             });
             let n = self.neurons.len();
             let mut i = 0;
@@ -262,7 +264,13 @@ impl Pairs<'_> {
                 let odd = !even || i + 1 < n && self.neurons.at(i + 1) == p + 1;
                 i += 1 + usize::from(even && odd);
                 // The member of the pair that is not picked is neither read nor multiplied.
-                let mask = if even && odd { !0u32 } else if even { 0xffff } else { 0xffff_0000 };
+                let mask = if even && odd {
+                    !0u32
+                } else if even {
+                    0xffff
+                } else {
+                    0xffff_0000
+                };
                 let at = self.w.add(p * self.stride_w + c);
                 let wv: [[S::B; 2]; NB] = std::array::from_fn(|b| {
                     let at = at.wrapping_add(2 * b * LANES);
