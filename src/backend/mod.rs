@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod decode;
+pub mod null;
 pub mod step;
 
 pub use step::{NO_LOGITS, Report, Sampled, SeqStep, Step};
