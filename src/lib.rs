@@ -12,10 +12,14 @@ pub mod dtype;
 pub mod engine;
 pub mod error;
 pub mod format;
+pub mod kv;
 pub mod model;
 pub mod sample;
+pub mod sched;
 pub mod sparsity;
 pub mod sys;
 pub mod tensor;
+#[cfg(feature = "text")]
+pub mod text;
 
 pub use error::{Error, Result, Status};

@@ -4,7 +4,9 @@
 //! [`decode::enqueue`] is the whole decode loop, written once for every backend.
 
 pub mod cuda;
+pub mod cpu;
 pub mod decode;
+pub mod null;
 pub mod step;
 
 pub use step::{NO_LOGITS, Report, Sampled, SeqStep, Step};
@@ -16,8 +18,7 @@ use crate::sample::Params;
 pub use crate::sparsity::Site;
 use crate::sparsity::router::RouterFile;
 
-/// Tokens in one KV page.
-pub const PAGE_TOKENS: usize = 16;
+pub use crate::kv::PAGE_TOKENS;
 
 /// What a stage computes for the rows that the plan lets be sparse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,16 @@
 //! From a Hugging Face folder to plain numbers ([`ModelSpec`]) and tensors by role
 //! ([`Checkpoint`]). Knows config fields and tensor names; knows no backend and no policy.
 
+mod checkpoint;
+pub mod config;
+mod fingerprint;
+mod roles;
+mod rope;
 mod spec;
 
+pub use checkpoint::{Checkpoint, LoadOptions, load, load_with};
+pub use fingerprint::{Fingerprint, fnv1a};
+pub use roles::LAYER_ROLES;
 pub use spec::{Activation, Family, ModelSpec, Norm, Position};
 
 use crate::error::Result;

@@ -19,6 +19,9 @@ pub enum Family {
 }
 
 impl Family {
+    /// Every family, in the order messages list them.
+    pub const ALL: [Family; 5] = [Family::Opt, Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3];
+
     /// The `model_type` string of Hugging Face configs.
     pub fn model_type(self) -> &'static str {
         match self {

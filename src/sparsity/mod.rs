@@ -4,6 +4,7 @@
 //! [`router`] reads router files; [`select`] is the semantics of a selection; [`Counts`] says what
 //! really ran. Policy is host data: no backend, no clock, no global.
 
+mod metadata;
 pub mod policy;
 pub mod router;
 pub mod select;

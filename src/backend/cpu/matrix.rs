@@ -1,0 +1,210 @@
+//! Weight matrices in memory, and how rows of a file become rows of one.
+//!
+//! Invariant: a row has its elements, then zeros up to a multiple of 32.
+
+use super::simd::{LANE_ORDER, PAD, Rows, bf16_bits};
+use crate::dtype::{DType, f16, widen};
+use crate::error::Result;
+use crate::sys::alloc::Buf;
+use crate::sys::pool::Pool;
+use crate::sys::split::Chunks;
+
+/// Rounds up to what kernels read.
+pub(super) fn padded(n: usize) -> usize {
+    n.next_multiple_of(PAD)
+}
+
+/// A matrix `[rows, columns]`.
+pub(super) struct Mat {
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// Elements from one row to the next.
+    pub(super) stride: usize,
+    data: Buf<u8>,
+    scales: Buf<f32>,
+}
+
+impl Mat {
+    /// Zeros.
+    pub(super) fn new(dtype: DType, rows: usize, columns: usize) -> Result<Mat> {
+        let stride = padded(columns);
+        let bytes = rows.saturating_mul(stride).saturating_mul(dtype.size());
+        let scales = if dtype == DType::I8 { rows } else { 0 };
+        Ok(Mat {
+            dtype,
+            rows,
+            columns,
+            stride,
+            data: Buf::zeroed(bytes, "weights")?,
+            scales: Buf::zeroed(scales, "weight scales")?,
+        })
+    }
+
+    /// Its rows, for kernels.
+    pub(super) fn view(&self) -> Rows<'_> {
+        match self.dtype {
+            DType::F32 => Rows::F32(self.data.view()),
+            DType::F16 => Rows::F16(self.data.view()),
+            DType::BF16 => Rows::Bf16(self.data.view()),
+            DType::I8 => Rows::I8(self.data.view(), &self.scales),
+        }
+    }
+
+    /// Bytes it takes.
+    pub(super) fn bytes(&self) -> u64 {
+        (self.data.bytes() + self.scales.bytes()) as u64
+    }
+
+    /// Bytes of one row.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.stride * self.dtype.size()
+    }
+
+    /// The memory of `count` rows from `first` on, if files of `dtype` can be read straight into it.
+    pub(super) fn direct(&mut self, dtype: DType, first: usize, count: usize) -> Option<&mut [u8]> {
+        if self.dtype != dtype || self.stride != self.columns || cfg!(target_endian = "big") {
+            return None;
+        }
+        let row = self.row_bytes();
+        Some(&mut self.data[first * row..(first + count) * row])
+    }
+
+    /// Converts rows as stored into rows from `first` on.
+    pub(super) fn fill(&mut self, pool: &Pool, first: usize, dtype: DType, src: &[u8]) {
+        let (to, columns, size) = (self.dtype, self.columns, dtype.size());
+        let row = self.row_bytes();
+        let count = src.len() / (columns * size).max(1);
+        let data = &mut self.data[first * row..(first + count) * row];
+        let source = |i: usize| &src[i * columns * size..(i + 1) * columns * size];
+        if to == DType::I8 {
+            let scales = &mut self.scales[first..first + count];
+            pool.each((Chunks::new(data, row), Chunks::new(scales, 1)), |(data, scale), i| {
+                let mut most = 0.0f32;
+                chunks(dtype, source(i), |_, v| v.iter().for_each(|v| most = most.max(v.abs())));
+                scale[0] = most / 127.0;
+                let by = inverse(scale[0]);
+                chunks(dtype, source(i), |c, v| narrow_i8(v, by, &mut data[c..]));
+            });
+        } else {
+            pool.each(Chunks::new(data, row), |data, i| {
+                if dtype == to {
+                    data[..columns * size].copy_from_slice(source(i));
+                } else {
+                    chunks(dtype, source(i), |c, v| narrow(to, v, &mut data[c * to.size()..]));
+                }
+            });
+        }
+    }
+
+    /// Raises each row's scale to hold column values of the transposed matrix `src`
+    /// (`[some columns][rows]` as stored). Call with all of them before [`Mat::fill_transposed`].
+    pub(super) fn measure_transposed(&mut self, pool: &Pool, dtype: DType, src: &[u8]) {
+        let (rows, size) = (self.rows, dtype.size());
+        pool.each(Chunks::new(&mut self.scales, 256), |scales, i| {
+            for line in src.chunks_exact(rows * size) {
+                chunks(dtype, &line[i * 256 * size..][..scales.len() * size], |c, v| {
+                    for (s, v) in scales[c..].iter_mut().zip(v) {
+                        *s = s.max(v.abs() / 127.0);
+                    }
+                });
+            }
+        });
+    }
+
+    /// Converts columns `first..` of this matrix from rows of the transposed one. `lane_order`: put
+    /// columns where products of bf16 pairs want them. `first` is a multiple of 32.
+    pub(super) fn fill_transposed(
+        &mut self,
+        pool: &Pool,
+        first: usize,
+        dtype: DType,
+        src: &[u8],
+        lane_order: bool,
+    ) {
+        const TILE: usize = 32;
+        let (rows, size, to) = (self.rows, dtype.size(), self.dtype);
+        let row = self.row_bytes();
+        let scales = &self.scales;
+        pool.each(Chunks::new(&mut self.data, row * TILE), |data, i| {
+            let n = data.len() / row;
+            let mut values = [0.0f32; TILE];
+            for (j, line) in src.chunks_exact(rows * size).enumerate() {
+                widen(dtype, &line[i * TILE * size..][..n * size], &mut values[..n]);
+                let c = first + j;
+                let c = if lane_order { c / 32 * 32 + LANE_ORDER[c % 32] } else { c };
+                for (r, v) in values[..n].iter().enumerate() {
+                    let at = &mut data[r * row + c * to.size()..];
+                    match to {
+                        DType::I8 => narrow_i8(&[*v], inverse(scales[i * TILE + r]), at),
+                        _ => narrow(to, &[*v], at),
+                    }
+                }
+            }
+        });
+    }
+
+    /// Widens one row.
+    pub(super) fn row(&self, index: usize, out: &mut [f32]) {
+        let row = self.row_bytes();
+        widen(
+            self.dtype,
+            &self.data[index * row..][..self.columns * self.dtype.size()],
+            &mut out[..self.columns],
+        );
+        if self.dtype == DType::I8 {
+            out[..self.columns].iter_mut().for_each(|v| *v *= self.scales[index]);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn poison_rows(&mut self, rows: impl Iterator<Item = usize>) {
+        let row = self.row_bytes();
+        let nan: &[u8] = match self.dtype {
+            DType::F32 => &[0, 0, 0xc0, 0x7f],
+            DType::F16 => &[0, 0x7e],
+            _ => &[0xc0, 0x7f],
+        };
+        for r in rows {
+            for e in self.data[r * row..(r + 1) * row].chunks_exact_mut(nan.len()) {
+                e.copy_from_slice(nan);
+            }
+        }
+    }
+}
+
+/// Widens `src` piece by piece; `f` gets the first element's index and the values.
+fn chunks(dtype: DType, src: &[u8], mut f: impl FnMut(usize, &[f32])) {
+    const N: usize = 64;
+    let mut values = [0.0f32; N];
+    for (i, piece) in src.chunks(N * dtype.size()).enumerate() {
+        let n = piece.len() / dtype.size();
+        widen(dtype, piece, &mut values[..n]);
+        f(i * N, &values[..n]);
+    }
+}
+
+fn inverse(scale: f32) -> f32 {
+    if scale > 0.0 { 1.0 / scale } else { 0.0 }
+}
+
+fn narrow_i8(values: &[f32], by: f32, out: &mut [u8]) {
+    for (o, v) in out.iter_mut().zip(values) {
+        *o = (v * by).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
+    }
+}
+
+fn narrow(to: DType, values: &[f32], out: &mut [u8]) {
+    match to {
+        DType::F32 => put(values, out, |v| v.to_ne_bytes()),
+        DType::F16 => put(values, out, |v| f16::from_f32(v).to_bits().to_ne_bytes()),
+        DType::BF16 => put(values, out, |v| bf16_bits(v).to_ne_bytes()),
+        DType::I8 => narrow_i8(values, 1.0, out),
+    }
+}
+
+fn put<const N: usize>(values: &[f32], out: &mut [u8], f: impl Fn(f32) -> [u8; N]) {
+    for (o, &v) in out.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *o = f(v);
+    }
+}
