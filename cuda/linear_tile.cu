@@ -1,4 +1,4 @@
-// out[row][column] = sum over k of x[row][k] w: products with many rows (prompts), any shape.
+// out[split][row][column] = sum over the split's k of x[row][k] w: products with many rows (prompts), any shape.
 //   linear_tile_nt: w[column][k];  linear_tile_nn: w[k][column].
 //
 // A block computes 128 x 128, eight warps 64 x 32 each, from a ring of three stages of 64 k. Both
@@ -16,14 +16,17 @@ template <class T, bool NN> DEVICE void run(const LinearParams& p) {
     SHARED_BYTES(shared);
     const int lane = lane_index(), g = lane / 4, t = lane % 4, warp = warp_index();
     const int warp_row = warp / 4 * 64, warp_column = warp % 4 * 32;
-    const uint32_t row0 = block_x() * ROWS, column0 = block_y() * COLUMNS;
-    const uint32_t steps = (p.k + STEP - 1) / STEP;
+    const uint32_t column_tiles = (p.n + COLUMNS - 1) / COLUMNS, split = block_y() / column_tiles;
+    const uint32_t row0 = block_x() * ROWS, column0 = block_y() % column_tiles * COLUMNS;
+    const uint32_t all = (p.k + STEP - 1) / STEP;
+    const uint32_t from = (uint32_t)((uint64_t)all * split / p.splits);
+    const uint32_t steps = (uint32_t)((uint64_t)all * (split + 1) / p.splits) - from;
 
     auto issue = [&](uint32_t s) {
         if (s < steps) {
             unsigned char* a = shared + s % DEPTH * STAGE;
             unsigned char* b = a + ROWS * STEP * 2;
-            const uint32_t k0 = s * STEP;
+            const uint32_t k0 = (from + s) * STEP;
             for (int i = thread_index(); i < ROWS * 8; i += 256) {
                 const uint32_t r = i / 8, c = i % 8, k = k0 + 8 * c;
                 const bool valid = row0 + r < p.rows && k < p.k;
@@ -107,7 +110,7 @@ template <class T, bool NN> DEVICE void run(const LinearParams& p) {
             UNROLL for (int i = 0; i < 4; i++) {
                 const uint32_t r = row0 + warp_row + 16 * m + g + 8 * (i / 2);
                 const uint32_t column = column0 + warp_column + (NN ? 4 * (2 * t + i % 2) + n : 8 * n + 2 * t + i % 2);
-                if (r < p.rows && column < p.n) p.out[(uint64_t)r * p.n + column] = c[m][n][i];
+                if (r < p.rows && column < p.n) p.out[((uint64_t)split * p.rows + r) * p.n + column] = c[m][n][i];
             }
         }
     }

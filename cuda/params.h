@@ -69,6 +69,7 @@ struct QkvParams {
     uint32_t heads;
     uint32_t kv_heads;
     uint32_t head_dim;
+    uint32_t norm_dim;  // dimensions of the model's head; the others are zero
     float epsilon;
 };
 
@@ -140,12 +141,12 @@ struct ActivateParams {
     uint32_t rows;
     uint32_t n;
     uint32_t valid;         // columns from here on become zero
-    uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated
+    uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
 };
 
 // The neurons with the largest sums of positive logits over the rows of a group.
 struct NeuronParams {
-    Partial logits;
+    Partial logits;         // columns at least n
     const uint32_t* group;  // [rows]
     uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
     uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted

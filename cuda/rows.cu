@@ -79,7 +79,7 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
         }
         if (p.q_norm && !is_v) {
             const T* weight = (const T*)(is_q ? p.q_norm : p.k_norm);
-            const float factor = reciprocal_sqrt(warp_sum(square) / hd + p.epsilon);
+            const float factor = reciprocal_sqrt(warp_sum(square) / p.norm_dim + p.epsilon);
             UNROLL for (int j = 0; j < 4; j++) {
                 const uint32_t i = lane + 32 * j;
                 if (i >= half) continue;
@@ -114,7 +114,7 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
 // Block (row, y): a piece of the row's neurons.
 template <class T> DEVICE void activate(const ActivateParams& p) {
     const uint32_t row = block_x();
-    const bool gated = p.kind != 0;
+    const bool gated = p.kind == 1 || p.kind == 2;
     const uint32_t group = p.group ? p.group[row] : NONE;
     const uint32_t* mask = p.masks && group != NONE ? p.masks + (uint64_t)group * ((p.n + 31) / 32) : nullptr;
     for (uint32_t i = block_y() * block_threads() + thread_index(); i < p.n; i += block_threads() * grid_y()) {
@@ -130,7 +130,7 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
                 y = p.kind == 1 ? gate / (1.0f + exp2_fast(-1.44269504f * gate)) : gate > 0 ? gate : 0.0f;
                 y *= up;
             } else {
-                y = up > 0 ? up : 0.0f;
+                y = up > 0 || p.kind == 3 ? up : 0.0f;
             }
         }
         ((T*)p.out)[(uint64_t)row * p.n + i] = from_float<T>(y);

@@ -20,11 +20,11 @@ template <class T> DEVICE void heads(const SelectParams& p) {
             const uint32_t column = unit * each + i;
             float v = partial_at(p.logits, p.rows, b, column);
             if (p.bias) v += to_float(((const T*)p.bias)[column]);
-            if (v != v) atomic_add(p.nan_count, 1);
             const uint32_t k = sort_key(v);
             key = k > key ? k : key;
         }
         keys[unit] = key;
+        if (key == 0 && keep < units) atomic_add(p.nan_count, 1);
     }
     sync_block();
     bool stays = false;
@@ -66,10 +66,10 @@ DEVICE void neurons(const NeuronParams& p) {
         for (uint32_t r = 0; r < p.rows; r++) {
             if (p.group[r] != group) continue;
             const float v = partial_at(p.logits, p.rows, r, j);
-            if (v != v) nans++;
             score += v < 0 ? 0.0f : v;  // NaN stays NaN
         }
         keys[j] = sort_key(score);
+        nans += keys[j] == 0;
     }
     if (nans) atomic_add(p.nan_count, nans);
     if (thread == 0) {

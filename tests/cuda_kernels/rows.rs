@@ -191,6 +191,7 @@ fn qkv(bench: &Bench, hd: usize, kv_heads: usize, group: usize, biased: bool, no
             heads: heads as u32,
             kv_heads: kv_heads as u32,
             head_dim: hd as u32,
+            norm_dim: hd as u32,
             epsilon: eps as f32,
         },
     );
@@ -205,7 +206,7 @@ fn qkv(bench: &Bench, hd: usize, kv_heads: usize, group: usize, biased: bool, no
 
 #[test]
 fn activations_lists_and_masks() {
-    for kind in 0..3 {
+    for kind in 0..4 {
         for listed in [false, true] {
             activation(kind, listed);
         }
@@ -215,7 +216,7 @@ fn activations_lists_and_masks() {
 fn activation(kind: u32, listed: bool) {
     let (bench, mut rng) = (Bench::new(0), Rng(4));
     let (rows, n, valid, ffn) = (3usize, 304usize, 301usize, 400usize);
-    let gated = kind > 0;
+    let gated = kind == 1 || kind == 2;
     let columns = if gated { 2 * n } else { n };
     let input = rng.vector(rows * columns, 2.0, DType::F32);
     let [gate_bias, up_bias] = [0; 2].map(|_| rng.vector(ffn, 1.0, T));
@@ -236,6 +237,7 @@ fn activation(kind: u32, listed: bool) {
             expected[r * n + i] = match kind {
                 0 => up.max(0.0),
                 1 => gate / (1.0 + (-gate).exp()) * up,
+                3 => up,
                 _ => gate.max(0.0) * up,
             };
         }

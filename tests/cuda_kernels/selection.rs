@@ -39,8 +39,8 @@ fn select_heads(bench: &Bench, units: usize, per_unit: usize, width: usize) -> V
     for (i, v) in logits[2 * columns..3 * columns].iter_mut().enumerate() {
         *v = if i % 2 == 0 { 0.0 } else { -0.0 };
     }
-    logits[3 * columns] = f64::NAN;
-    logits[3 * columns + 1] = f64::INFINITY;
+    logits[3 * columns..3 * columns + per_unit].fill(f64::NAN);
+    logits[4 * columns - 1] = f64::INFINITY;
     logits[4 * columns] = f64::NEG_INFINITY;
     logits[sequences * columns..].fill(f64::NAN); // prompt rows: never read
     let keep: Vec<u32> = [1, units / 2, 3, units - 1, 2, units, units / 2 + 1].iter().map(|&k| k as u32).collect();

@@ -251,8 +251,7 @@ impl Kernels {
     /// `x [rows][k]` times `w [n][k]`: the launch, and into how many parts the sum is cut.
     pub fn linear(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         if rows > SKINNY_ROWS {
-            let grid = (rows.div_ceil(128), n.div_ceil(128));
-            return (Launch { kernel: self.tile[0], grid, threads: 256, shared: TILE_SHARED }, 1);
+            return self.tiled(self.tile[0], rows, n, k);
         }
         let i = skinny_variant(rows);
         let (nt, mt) = (1u32 << i, if i == 3 { 2 } else { 1 });
@@ -263,11 +262,16 @@ impl Kernels {
         (Launch { kernel: self.skinny[i], grid: (tiles, splits), threads: 128, shared }, splits)
     }
 
+    fn tiled(&self, kernel: Id, rows: u32, n: u32, k: u32) -> (Launch, u32) {
+        let (x, y) = (rows.div_ceil(128), n.div_ceil(128));
+        let splits = splits(x * y, self.multiprocessors, k.div_ceil(64) / 8).min(8);
+        (Launch { kernel, grid: (x, y * splits), threads: 256, shared: TILE_SHARED }, splits)
+    }
+
     /// `x [rows][k]` times `w [k][n]`.
     pub fn linear_transposed(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         if rows > SKINNY_ROWS {
-            let grid = (rows.div_ceil(128), n.div_ceil(128));
-            return (Launch { kernel: self.tile[1], grid, threads: 256, shared: TILE_SHARED }, 1);
+            return self.tiled(self.tile[1], rows, n, k);
         }
         let (i, mt) = match rows {
             0..=16 => (0, 1u32),

@@ -8,4 +8,7 @@ pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod launch;
+mod memory;
 pub mod params;
+mod shape;
+mod weights;

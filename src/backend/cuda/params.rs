@@ -57,7 +57,7 @@ params! {
     /// See the header.
     QkvParams {
         qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
-        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, epsilon: f32,
+        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32,
     }
     /// See the header.
     SelectParams {
