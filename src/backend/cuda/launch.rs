@@ -54,6 +54,8 @@ pub fn find(name: &str) -> Option<Id> {
 
 /// Rows above which the skinny products give way to the tiled one.
 pub const SKINNY_ROWS: u32 = 64;
+/// Most parts of a down product's sum.
+pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
 /// Packed query rows of a prefill tile.
@@ -262,6 +264,13 @@ impl Kernels {
         (Launch { kernel: self.skinny[i], grid: (tiles, splits), threads: 128, shared }, splits)
     }
 
+    /// The same as [`Kernels::linear`] with the sum in one part.
+    pub fn linear_whole(&self, rows: u32, n: u32, k: u32) -> Launch {
+        let (mut launch, splits) = self.linear(rows, n, k);
+        launch.grid.1 /= splits;
+        launch
+    }
+
     fn tiled(&self, kernel: Id, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         let (x, y) = (rows.div_ceil(128), n.div_ceil(128));
         let splits = splits(x * y, self.multiprocessors, k.div_ceil(64) / 8).min(8);
@@ -282,7 +291,7 @@ impl Kernels {
         let tiles = n.div_ceil(256);
         let shared = 8 * depth * (4 * 512 + 2 * mt * 256);
         let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, 2);
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(16) / 4).min(16);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
         (Launch { kernel: self.down[i], grid: (tiles, splits), threads: 256, shared }, splits)
     }
 }

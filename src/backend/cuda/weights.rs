@@ -408,7 +408,7 @@ impl<D: Device> CudaRouters<D> {
         let memory = Memory::zeroed(device, bytes)?;
         let layers = lay(memory.at)?.0;
         for (l, r) in layers.iter().enumerate() {
-            let mut put = |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
+            let put = |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
             if r.attn_rows > 0 {
                 put(RouterTensor::AttnWeight, r.attn.weight, shape.hidden)?;
                 put(RouterTensor::AttnBias, r.attn.bias, 1)?;
