@@ -49,3 +49,33 @@ pub fn start<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params:
     let bytes = unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) };
     device.start(launch, bytes)
 }
+
+/// Any device behind one type.
+pub struct AnyDevice(pub Box<dyn Device>);
+
+macro_rules! forward {
+    ($($(#[$doc:meta])* fn $name:ident(&self $(, $arg:ident: $ty:ty)*) $(-> $out:ty)?;)*) => {
+        impl Device for AnyDevice {
+            $(fn $name(&self $(, $arg: $ty)*) $(-> $out)? { self.0.$name($($arg),*) })*
+        }
+    };
+}
+
+forward! {
+    fn name(&self) -> String;
+    fn multiprocessors(&self) -> u32;
+    fn shared_per_block(&self) -> u32;
+    fn free_memory(&self) -> Result<u64>;
+    fn alloc(&self, bytes: u64) -> Result<Ptr>;
+    fn free(&self, at: Ptr);
+    fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
+    fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    fn synchronize(&self) -> Result<()>;
+    fn finished(&self, timeout_ns: u64) -> Result<bool>;
+    fn record(&self) -> Result<bool>;
+    fn recorded(&self) -> Result<u64>;
+    fn replay(&self, program: u64) -> Result<()>;
+    fn forget(&self, program: u64);
+}
