@@ -98,7 +98,8 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
 
     const uint32_t line = p.prefix[p.sequences];
     uint32_t workers = line / p.min_pages;
-    workers = workers < 1 ? 1 : workers > (uint32_t)grid_x() ? grid_x() : workers;
+    const uint32_t most = grid_x() < 4 * HD ? grid_x() : 4 * HD;
+    workers = workers < 1 ? 1 : workers > most ? most : workers;
     const uint32_t worker = block_x();
     if (line == 0 || worker >= workers) return;
 
@@ -250,20 +251,26 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         sync_block();
         if (*flag != last_worker - first_worker) continue;
         fence_device();
+        // The maxima of all parts, at most 4 HD of them, take the place of the merged output.
+        const uint32_t count = last_worker - first_worker + 1;
+        auto part_of = [&](uint32_t j) { return p.parts + (uint64_t)(2 * (first_worker + j) + (j == 0 ? 1 : 0)) * stride; };
+        for (uint32_t i = thread_index(); i < count * group; i += block_threads())
+            merged[i] = part_of(i / group)[values + 2 * (i % group)];
+        sync_block();
         for (uint32_t i = thread_index(); i < values / 2; i += block_threads()) {
             const uint32_t row = 2 * i / HD;
             float m = NEGATIVE_INFINITY, sum = 0, x0 = 0, x1 = 0;
-            for (uint32_t w = first_worker; w <= last_worker; w++) {
-                const float* from = p.parts + (uint64_t)(2 * w + (w == first_worker ? 1 : 0)) * stride;
-                float m_part = from[values + 2 * row], m_new = fmaxf(m, m_part);
-                float old = m == NEGATIVE_INFINITY ? 0.0f : exp2_fast(m - m_new), now = exp2_fast(m_part - m_new);
-                sum = sum * old + from[values + 2 * row + 1] * now;
-                x0 = x0 * old + from[2 * i] * now;
-                x1 = x1 * old + from[2 * i + 1] * now;
-                m = m_new;
+            for (uint32_t j = 0; j < count; j++) m = fmaxf(m, merged[j * group + row]);
+            UNROLL_BY(8) for (uint32_t j = 0; j < count; j++) {
+                const float* from = part_of(j);
+                const float factor = exp2_fast(merged[j * group + row] - m);
+                sum += from[values + 2 * row + 1] * factor;
+                x0 += from[2 * i] * factor;
+                x1 += from[2 * i + 1] * factor;
             }
             ((uint32_t*)out)[i] = pack2<T>(x0 / sum, x1 / sum);
         }
+        sync_block();
     }
 }
 

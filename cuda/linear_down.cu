@@ -28,23 +28,35 @@ template <class T, int MT> DEVICE void run(const LinearParams& p) {
     const uint32_t end = (uint32_t)((uint64_t)all * (block_y() + 1) / p.splits);
     const uint32_t steps = end > from + half ? (end - from - half + HALVES - 1) / HALVES : 0;
 
+    // Row numbers are fetched a step before their rows, else each step would wait for them.
+    uint32_t rows[4];
+    auto look_up = [&](uint32_t s) {
+        const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * t;
+        if (p.index && s < steps && j0 < p.k) {
+            const Words4 four = *(const Words4*)(p.index + j0);
+            UNROLL for (int r = 0; r < 4; r++) rows[r] = four.w[r];
+        } else {
+            UNROLL for (int r = 0; r < 4; r++) rows[r] = j0 + r;
+        }
+    };
     auto issue = [&](uint32_t s) {
         if (s < steps) {
             const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * t;
             UNROLL for (int r = 0; r < 4; r++) {
-                const bool valid = j0 + r < p.k && column < p.n;
-                const uint64_t row = !valid ? 0 : p.index ? p.index[j0 + r] : j0 + r;
+                const bool valid = j0 < p.k && column < p.n;
+                const uint64_t row = valid ? rows[r] : 0;
                 copy_async16(w_mine + s % DEPTH * W_BYTES + r * 512,
                              valid ? (const void*)((const T*)p.w + row * p.n + column) : p.w, valid);
             }
             UNROLL for (int r = 0; r < 2 * MT; r++) {
-                // k is a multiple of 4, so the four elements are all inside or all outside.
+                // k is a multiple of 8, so the four elements are all inside or all outside.
                 const uint32_t x_row = 8 * r + g;
                 const bool valid = x_row < p.rows && j0 < p.k;
                 copy_async8(x_mine + s % DEPTH * X_BYTES + r * 256,
                             valid ? (const void*)((const T*)p.x + (uint64_t)x_row * p.k + j0) : p.x, valid);
             }
         }
+        look_up(s + 1);
         copy_commit();
     };
 
@@ -52,6 +64,7 @@ template <class T, int MT> DEVICE void run(const LinearParams& p) {
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int n = 0; n < 8; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
+    look_up(0);
     for (int s = 0; s < DEPTH - 1; s++) issue(s);
     for (uint32_t s = 0; s < steps; s++) {
         copy_wait<DEPTH - 2>();
@@ -91,11 +104,14 @@ template <class T, int MT> DEVICE void run(const LinearParams& p) {
     if (half == 1) return;
     float* out = p.out + (uint64_t)block_y() * p.rows * p.n;
     UNROLL for (int m = 0; m < MT; m++) {
-        UNROLL for (int n = 0; n < 8; n++) {
-            UNROLL for (int i = 0; i < 4; i++) {
-                const uint32_t r = 16 * m + g + 8 * (i / 2), to = column0 + 8 * (2 * t + i % 2) + n;
-                if (r < p.rows && to < p.n)
-                    out[(uint64_t)r * p.n + to] = c[m][n][i] + exchange[((m * 8 + n) * 4 + i) * 32 + lane];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const uint32_t r = 16 * m + g + 8 * (i / 2), to = column0 + 8 * (2 * t + i % 2);
+            if (r >= p.rows || to >= p.n) continue;
+            UNROLL for (int n = 0; n < 8; n += 4) {
+                Floats4 v;
+                UNROLL for (int j = 0; j < 4; j++)
+                    v.v[j] = c[m][n + j][i] + exchange[((m * 8 + n + j) * 4 + i) * 32 + lane];
+                *(Floats4*)(out + (uint64_t)r * p.n + to + n) = v;
             }
         }
     }

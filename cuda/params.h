@@ -147,6 +147,7 @@ struct ActivateParams {
 // The neurons with the largest sums of positive logits over the rows of a group.
 struct NeuronParams {
     Partial logits;         // columns at least n
+    float* scores;          // [groups of this launch][n]
     const uint32_t* group;  // [rows]
     uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
     uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
@@ -163,6 +164,8 @@ struct ArgmaxParams {
     const float* logits;  // [rows][vocab]
     uint32_t* token;
     float* logprob;       // of that token; NaN: no finite logit
+    float* parts;         // [rows][blocks][3]
+    uint32_t* counters;   // [rows], zero between launches
     uint32_t vocab;
 };
 

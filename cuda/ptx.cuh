@@ -18,6 +18,8 @@
 #define DEVICE_MEMBER __device__ __forceinline__
 #define SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
 #define UNROLL _Pragma("unroll")
+#define PRAGMA_TEXT(text) _Pragma(#text)
+#define UNROLL_BY(n) PRAGMA_TEXT(unroll n)
 
 // ---- where a thread is -------------------------------------------------------------------------
 
@@ -43,7 +45,10 @@ DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mas
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
+// The lanes that hold the same value.
+DEVICE uint32_t same_lanes(uint32_t v) { return __match_any_sync(~0u, v); }
 DEVICE int count_bits(uint32_t v) { return __popc(v); }
+DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
 
 // ---- arithmetic --------------------------------------------------------------------------------
 

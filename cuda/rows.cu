@@ -26,30 +26,37 @@ template <class T> DEVICE void norm(const NormParams& p) {
     float* row_values = scratch + 32;
     const uint32_t row = p.row_map ? p.row_map[block_x()] : block_x();
     float sum = 0;
-    for (uint32_t i = thread_index(); i < p.hidden; i += block_threads()) {
-        float v = p.residual[(uint64_t)row * p.hidden + i];
-        if (p.delta.splits) v += partial_at(p.delta, p.rows, row, i);
-        if (p.delta_bias) v += to_float(((const T*)p.delta_bias)[i]);
-        if (!p.row_map && (p.delta.splits || p.delta_bias)) p.residual[(uint64_t)row * p.hidden + i] = v;
-        row_values[i] = v;
-        sum += p.bias ? v : v * v;
+    const bool changed = p.delta.splits || p.delta_bias;
+    for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
+        Floats4* stream = (Floats4*)(p.residual + (uint64_t)row * p.hidden + i);
+        Floats4 v = *stream;
+        const Floats4 delta = partial4_at(p.delta, p.rows, row, i), bias = load4<T>(p.delta_bias, i);
+        UNROLL for (int j = 0; j < 4; j++) {
+            v.v[j] += delta.v[j] + bias.v[j];
+            sum += p.bias ? v.v[j] : v.v[j] * v.v[j];
+        }
+        if (!p.row_map && changed) *stream = v;
+        *(Floats4*)(row_values + i) = v;
     }
     sum = block_sum(sum, scratch);
     float mean = 0, square = sum;
     if (p.bias) {
         mean = sum / p.hidden;
         square = 0;
-        for (uint32_t i = thread_index(); i < p.hidden; i += block_threads()) {
-            float d = row_values[i] - mean;
-            square += d * d;
+        for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
+            UNROLL for (int j = 0; j < 4; j++) {
+                const float d = row_values[i + j] - mean;
+                square += d * d;
+            }
         }
         square = block_sum(square, scratch);
     }
     const float factor = reciprocal_sqrt(square / p.hidden + p.epsilon);
-    for (uint32_t i = thread_index(); i < p.hidden; i += block_threads()) {
-        float v = (row_values[i] - mean) * factor * to_float(((const T*)p.weight)[i]);
-        if (p.bias) v += to_float(((const T*)p.bias)[i]);
-        ((T*)p.out)[(uint64_t)block_x() * p.hidden + i] = from_float<T>(v);
+    for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
+        Floats4 v = *(const Floats4*)(row_values + i);
+        const Floats4 weight = load4<T>(p.weight, i), bias = load4<T>(p.bias, i);
+        UNROLL for (int j = 0; j < 4; j++) v.v[j] = (v.v[j] - mean) * factor * weight.v[j] + bias.v[j];
+        store4<T>(p.out, (uint64_t)block_x() * p.hidden + i, v);
     }
 }
 
@@ -117,23 +124,24 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
     const bool gated = p.kind == 1 || p.kind == 2;
     const uint32_t group = p.group ? p.group[row] : NONE;
     const uint32_t* mask = p.masks && group != NONE ? p.masks + (uint64_t)group * ((p.n + 31) / 32) : nullptr;
-    for (uint32_t i = block_y() * block_threads() + thread_index(); i < p.n; i += block_threads() * grid_y()) {
-        float y = 0;
-        if (i < p.valid && (!mask || (mask[i / 32] >> (i % 32) & 1))) {
-            const uint32_t neuron = p.index ? p.index[i] : i;
-            float up = partial_at(p.in, p.rows, row, gated ? p.n + i : i);
-            if (p.up_bias) up += to_float(((const T*)p.up_bias)[neuron]);
-            if (gated) {
-                float gate = partial_at(p.in, p.rows, row, i);
-                if (p.gate_bias) gate += to_float(((const T*)p.gate_bias)[neuron]);
-                // silu(x) = x / (1 + 2^(-x log2 e))
-                y = p.kind == 1 ? gate / (1.0f + exp2_fast(-1.44269504f * gate)) : gate > 0 ? gate : 0.0f;
-                y *= up;
-            } else {
-                y = up > 0 || p.kind == 3 ? up : 0.0f;
-            }
+    for (uint32_t i = 4 * (block_y() * block_threads() + thread_index()); i < p.n; i += 4 * block_threads() * grid_y()) {
+        Floats4 up = partial4_at(p.in, p.rows, row, gated ? p.n + i : i), gate = {{0, 0, 0, 0}};
+        if (gated) gate = partial4_at(p.in, p.rows, row, i);
+        Floats4 y;
+        UNROLL for (int j = 0; j < 4; j++) {
+            y.v[j] = 0;
+            if (i + j >= p.valid || (mask && !(mask[i / 32] >> (i % 32 + j) & 1))) continue;
+            const uint32_t neuron = p.index ? p.index[i + j] : i + j;
+            float u = up.v[j], g = gate.v[j];
+            if (p.up_bias) u += to_float(((const T*)p.up_bias)[neuron]);
+            if (p.gate_bias) g += to_float(((const T*)p.gate_bias)[neuron]);
+            // silu(x) = x / (1 + 2^(-x log2 e))
+            if (p.kind == 0) y.v[j] = u > 0 ? u : 0.0f;
+            else if (p.kind == 1) y.v[j] = g / (1.0f + exp2_fast(-1.44269504f * g)) * u;
+            else if (p.kind == 2) y.v[j] = (g > 0 ? g : 0.0f) * u;
+            else y.v[j] = u;
         }
-        ((T*)p.out)[(uint64_t)row * p.n + i] = from_float<T>(y);
+        store4<T>(p.out, (uint64_t)row * p.n + i, y);
     }
 }
 

@@ -1,51 +1,74 @@
 // The most likely token of each row of logits and its log probability:
 //   token = argmax (ties to the lower id, NaN never), logprob = -log sum exp(logit - max).
-// One block per row reads its logits once (vocab * 4 bytes) with a running maximum and sum.
+// Blocks (piece, row) read the row's logits once (vocab * 4 bytes) with a running maximum and sum; the
+// block of a row that arrives last adds the pieces in order.
 #include "common.cuh"
 
-KERNEL(1024, 1) argmax(const GRID_CONSTANT ArgmaxParams p) {
+namespace top {
+
+constexpr float LOG2_E = 1.44269504f;
+
+struct Best {
+    float max, sum;
+    uint32_t token;
+
+    DEVICE_MEMBER void add(const Best& other) {
+        const float top = fmaxf(max, other.max);
+        if (top > NEGATIVE_INFINITY)
+            sum = sum * exp2_fast((max - top) * LOG2_E) + other.sum * exp2_fast((other.max - top) * LOG2_E);
+        if (other.max > max || (other.max == max && other.token < token)) token = other.token;
+        max = top;
+    }
+    DEVICE_MEMBER void add_warp() {
+        for (int m = 16; m; m >>= 1) add(Best{shuffle_xor(max, m), shuffle_xor(sum, m), shuffle_xor(token, m)});
+    }
+};
+
+}  // namespace top
+
+KERNEL(512, 1) argmax(const GRID_CONSTANT ArgmaxParams p) {
+    using top::Best;
     SHARED_BYTES(shared);
-    float* maxima = (float*)shared;           // [32]
-    float* sums = maxima + 32;                // [32]
-    uint32_t* tokens = (uint32_t*)(sums + 32);  // [32]
-    const float* row = p.logits + (uint64_t)block_x() * p.vocab;
-    float best = NEGATIVE_INFINITY, sum = 0;
-    uint32_t token = NONE;
-    for (uint32_t i = thread_index(); i < p.vocab; i += block_threads()) {
+    Best* warps = (Best*)shared;                 // [32]
+    uint32_t* flag = (uint32_t*)(warps + 32);
+    const uint32_t pieces = grid_x(), row_index = block_y();
+    const float* row = p.logits + (uint64_t)row_index * p.vocab;
+    const uint32_t begin = (uint32_t)((uint64_t)p.vocab * block_x() / pieces);
+    const uint32_t end = (uint32_t)((uint64_t)p.vocab * (block_x() + 1) / pieces);
+    Best best = {NEGATIVE_INFINITY, 0, NONE};
+    UNROLL_BY(4) for (uint32_t i = begin + thread_index(); i < end; i += block_threads()) {
         const float v = row[i];
-        if (v > best) {
-            sum = sum * exp2_fast((best - v) * 1.44269504f) + 1.0f;
-            best = v;
-            token = i;
+        if (v > best.max) {
+            best.sum = best.sum * exp2_fast((best.max - v) * top::LOG2_E) + 1.0f;
+            best.max = v;
+            best.token = i;
         } else if (v > NEGATIVE_INFINITY) {
-            sum += exp2_fast((v - best) * 1.44269504f);
+            best.sum += exp2_fast((v - best.max) * top::LOG2_E);
         }
     }
-    for (int round = 0; round < 2; round++) {
-        for (int m = 16; m; m >>= 1) {
-            const float other = shuffle_xor(best, m), other_sum = shuffle_xor(sum, m);
-            const uint32_t other_token = shuffle_xor(token, m);
-            const float top = fmaxf(best, other);
-            if (top > NEGATIVE_INFINITY)
-                sum = sum * exp2_fast((best - top) * 1.44269504f) + other_sum * exp2_fast((other - top) * 1.44269504f);
-            if (other > best || (other == best && other_token < token)) token = other_token;
-            best = top;
-        }
-        if (round == 1) break;
-        if (lane_index() == 0) {
-            maxima[warp_index()] = best;
-            sums[warp_index()] = sum;
-            tokens[warp_index()] = token;
-        }
-        sync_block();
-        const bool there = lane_index() < block_threads() / 32;
-        best = there ? maxima[lane_index()] : NEGATIVE_INFINITY;
-        sum = there ? sums[lane_index()] : 0.0f;
-        token = there ? tokens[lane_index()] : NONE;
-    }
+    best.add_warp();
+    if (lane_index() == 0) warps[warp_index()] = best;
+    sync_block();
+    float* parts = p.parts + 3 * (uint64_t)(row_index * pieces);
     if (thread_index() == 0) {
-        const bool broken = token == NONE || !(best < float_of_bits(0x7f800000u));
-        p.token[block_x()] = broken ? 0 : token;
-        p.logprob[block_x()] = broken ? float_of_bits(0x7fc00000u) : -log2_fast(sum) * 0.693147181f;
+        for (int w = 1; w < block_threads() / 32; w++) best.add(warps[w]);
+        parts[3 * block_x()] = best.max;
+        parts[3 * block_x() + 1] = best.sum;
+        ((uint32_t*)parts)[3 * block_x() + 2] = best.token;
+        fence_device();
+        *flag = atomic_add(p.counters + row_index, 1);
+    }
+    sync_block();
+    if (*flag != pieces - 1 || warp_index() > 0) return;
+    fence_device();
+    best = Best{NEGATIVE_INFINITY, 0, NONE};
+    for (uint32_t i = lane_index(); i < pieces; i += 32)
+        best.add(Best{parts[3 * i], parts[3 * i + 1], ((const uint32_t*)parts)[3 * i + 2]});
+    best.add_warp();
+    if (thread_index() == 0) {
+        const bool broken = best.token == NONE || !(best.max < float_of_bits(0x7f800000u));
+        p.token[row_index] = broken ? 0 : best.token;
+        p.logprob[row_index] = broken ? float_of_bits(0x7fc00000u) : -log2_fast(best.sum) * 0.693147181f;
+        p.counters[row_index] = 0;
     }
 }

@@ -45,10 +45,31 @@ template <class T> DEVICE void heads(const SelectParams& p) {
         if (!kept_flags[i / p.unit_width]) row[i] = T{0};
 }
 
-// Block = group: score[j] = sum over the group's rows of max(logit[row][j], 0); the `keep` best
-// become a bit mask and, for group 0, a list. Radix select: the threshold key is found 8 bits at a
-// time from histograms in shared memory, then one ordered pass writes what is above it and the
-// first of those equal to it. Shared memory: n + 256 + threads words.
+// scores[group][j] = sum over the group's rows of max(logit[row][j], 0); NaN stays NaN.
+// Block (neurons, group) of 64 neurons by 4 quarters of the rows; logits are read once, from the L2.
+DEVICE void scores(const NeuronParams& p) {
+    SHARED_BYTES(shared);
+    float* quarters = (float*)shared;  // [4][64]
+    const uint32_t place = thread_index() % 64, quarter = thread_index() / 64;
+    const uint32_t j = block_x() * 64 + place, group = p.first_group + block_y();
+    float score = 0;
+    if (j < p.n) {
+        UNROLL_BY(4) for (uint32_t r = quarter; r < p.rows; r += 4) {
+            const float v = p.group[r] == group ? partial_at(p.logits, p.rows, r, j) : 0.0f;
+            score += v < 0 ? 0.0f : v;
+        }
+    }
+    quarters[thread_index()] = score;
+    sync_block();
+    if (quarter == 0 && j < p.n)
+        p.scores[(uint64_t)block_y() * p.n + j] =
+            quarters[place] + quarters[64 + place] + quarters[128 + place] + quarters[192 + place];
+}
+
+// Block = group: its `keep` best scores become a bit mask and, for group 0, a list. Radix select: the
+// threshold key is found 8 bits at a time from histograms in shared memory (equal digits of a warp are
+// counted together, since most scores are zero), then one ordered pass writes what is above it and
+// the first of those equal to it. Shared memory: n + 256 + 2 threads + 2 words.
 DEVICE void neurons(const NeuronParams& p) {
     SHARED_BYTES(shared);
     uint32_t* keys = (uint32_t*)shared;          // [n]
@@ -62,13 +83,7 @@ DEVICE void neurons(const NeuronParams& p) {
 
     uint32_t nans = 0;
     for (uint32_t j = thread; j < p.n; j += threads) {
-        float score = 0;
-        for (uint32_t r = 0; r < p.rows; r++) {
-            if (p.group[r] != group) continue;
-            const float v = partial_at(p.logits, p.rows, r, j);
-            score += v < 0 ? 0.0f : v;  // NaN stays NaN
-        }
-        keys[j] = sort_key(score);
+        keys[j] = sort_key(p.scores[(uint64_t)block_x() * p.n + j]);
         nans += keys[j] == 0;
     }
     if (nans) atomic_add(p.nan_count, nans);
@@ -76,18 +91,37 @@ DEVICE void neurons(const NeuronParams& p) {
         found[0] = 0;
         found[1] = keep;
     }
+    const uint32_t rounds = (p.n + threads - 1) / threads;
     for (int shift = 24; shift >= 0; shift -= 8) {
         if (thread < 256) histogram[thread] = 0;
         sync_block();
         const uint32_t prefix = found[0], above_mask = shift == 24 ? 0 : ~0u << (shift + 8);
-        for (uint32_t j = thread; j < p.n; j += threads)
-            if ((keys[j] & above_mask) == prefix) atomic_add(histogram + (keys[j] >> shift & 255), 1);
+        for (uint32_t round = 0; round < rounds; round++) {
+            const uint32_t j = round * threads + thread;
+            const bool counted = j < p.n && (keys[j] & above_mask) == prefix;
+            const uint32_t digit = counted ? keys[j] >> shift & 255 : 256;
+            const uint32_t same = same_lanes(digit);
+            if (counted && lowest_bit(same) == lane_index()) atomic_add(histogram + digit, count_bits(same));
+        }
         sync_block();
-        if (thread == 0) {
-            uint32_t wanted = found[1], digit = 255;
-            while (digit > 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
-            found[0] = prefix | digit << shift;
-            found[1] = wanted;
+        // Lane l of warp 0 owns digits 8 l .. 8 l + 7; sums from the top tell where `wanted` falls.
+        if (thread < 32) {
+            uint32_t own = 0;
+            for (int i = 0; i < 8; i++) own += histogram[8 * thread + i];
+            uint32_t higher = own;  // inclusive sum over this lane and those above
+            for (int m = 1; m < 32; m *= 2) {
+                const uint32_t from = shuffle(higher, (lane_index() + m) & 31);
+                if (lane_index() + m < 32) higher += from;
+            }
+            const uint32_t wanted = found[1];
+            uint32_t left = wanted - (higher - own);
+            sync_warp();
+            if (higher >= wanted && higher - own < wanted) {
+                int digit = 7;
+                while (histogram[8 * thread + digit] < left) left -= histogram[8 * thread + digit--];
+                found[0] = prefix | (8 * thread + digit) << shift;
+                found[1] = left;
+            }
         }
         sync_block();
     }
@@ -135,4 +169,5 @@ DEVICE void neurons(const NeuronParams& p) {
 
 KERNEL(256, 1) select_heads_bf16(const GRID_CONSTANT SelectParams p) { selection::heads<bf16>(p); }
 KERNEL(256, 1) select_heads_f16(const GRID_CONSTANT SelectParams p) { selection::heads<f16>(p); }
+KERNEL(256, 1) neuron_scores(const GRID_CONSTANT NeuronParams p) { selection::scores(p); }
 KERNEL(1024, 1) select_neurons(const GRID_CONSTANT NeuronParams p) { selection::neurons(p); }

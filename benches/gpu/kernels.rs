@@ -210,7 +210,9 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
         let (index, masks, group, nan) =
             (gpu.room(4 * u64::from(n)), gpu.room(4 * u64::from(n)), gpu.room(4 * u64::from(rows)), gpu.room(4));
         let launch = k.select_neurons(1, n);
+        let scores = gpu.random(2 * u64::from(n), 1.0);
         let params = NeuronParams {
+            scores: scores.at,
             logits: Partial { data: logits.at, splits, columns: n },
             group: group.at,
             index: index.at,
@@ -222,6 +224,9 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             keep_other: 0,
             first_group: 0,
         };
+        let us = gpu.time(1, |_| gpu.start(&k.neuron_scores(1, n), &params));
+        gpu.report("neuron_scores", &format!("B={rows} n={n} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        gpu.random_into(scores.at, 2 * u64::from(n));
         let us = gpu.time(1, |_| gpu.start(&launch, &params));
         let bytes = f64::from(rows) * f64::from(n) * 4.0 * f64::from(splits);
         gpu.report("select_neurons", &format!("B={rows} n={n} splits {splits}"), &format!(r#""rows":{rows}"#), us, bytes);
@@ -302,7 +307,15 @@ pub(crate) fn small(gpu: &Gpu) {
         let vocab = 128_256;
         let logits = gpu.random(u64::from(rows * vocab) * 2, 1.0);
         let (token, logprob) = (gpu.room(4 * u64::from(rows)), gpu.room(4 * u64::from(rows)));
-        let params = ArgmaxParams { logits: logits.at, token: token.at, logprob: logprob.at, vocab };
+        let (parts, counters) = (gpu.room(12 * 32 * u64::from(rows)), gpu.room(4 * u64::from(rows)));
+        let params = ArgmaxParams {
+            logits: logits.at,
+            token: token.at,
+            logprob: logprob.at,
+            parts: parts.at,
+            counters: counters.at,
+            vocab,
+        };
         let us = gpu.time(1, |_| gpu.start(&k.argmax(rows), &params));
         gpu.report("argmax", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, f64::from(rows * vocab) * 4.0);
     }

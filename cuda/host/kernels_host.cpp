@@ -33,6 +33,7 @@ const Named kernels[] = {
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
     ONE(select_neurons, NeuronParams)
+    ONE(neuron_scores, NeuronParams)
     ONE(argmax, ArgmaxParams)
     ONE(transpose16, TransposeParams)
     ONE(convert, ConvertParams)

@@ -12,6 +12,7 @@
 #define DEVICE_MEMBER inline
 #define SHARED_BYTES(name) unsigned char* name = host::shared
 #define UNROLL
+#define UNROLL_BY(n)
 #define __restrict__
 
 using ::floorf;
@@ -65,7 +66,17 @@ DEVICE uint32_t vote(bool v) {
     sync_warp();
     return y;
 }
+DEVICE uint32_t same_lanes(uint32_t v) {
+    host::Warp& w = host::warp();
+    w.words[lane_index()][0] = v;
+    sync_warp();
+    uint32_t y = 0;
+    for (int i = 0; i < 32; i++) y |= (uint32_t)(w.words[i][0] == v) << i;
+    sync_warp();
+    return y;
+}
 DEVICE int count_bits(uint32_t v) { return __builtin_popcount(v); }
+DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }
 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }

@@ -275,9 +275,12 @@ fn argmax_ties_nan_and_log_probability() {
     logits[2].fill(f64::NAN);
     logits[3].fill(f64::NEG_INFINITY);
     let (token, logprob) = (bench.room(16), bench.room(16));
+    let (parts, counters) = (bench.room(4 * 32 * 12), bench.words(&[0; 4]));
     let params =
-        ArgmaxParams { logits: bench.floats(&logits.concat()), token, logprob, vocab: vocab as u32 };
-    bench.start(&kernels(64, 1).argmax(4), &params);
+        ArgmaxParams { logits: bench.floats(&logits.concat()), token, logprob, parts, counters, vocab: vocab as u32 };
+    for _ in 0..2 {
+        bench.start(&kernels(64, 1).argmax(4), &params);
+    }
     let (tokens, logprobs) = (bench.read_words(token, 4), bench.read_floats(logprob, 4));
     for r in 0..2 {
         let row = &logits[r];

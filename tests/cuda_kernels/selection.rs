@@ -114,10 +114,10 @@ fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u
     let index = bench.room(4 * wanted.next_multiple_of(8).max(8));
     let masks = bench.room(4 * 3 * words);
     let nan_count = bench.words(&[0]);
-    bench.start(
-        &kernels().select_neurons(3, n as u32),
-        &NeuronParams {
+    let scores = bench.room(4 * 3 * n);
+    let params = NeuronParams {
             logits: Partial { data: bench.floats(&halves), splits, columns: n as u32 },
+            scores,
             group: bench.words(&group),
             index,
             masks,
@@ -127,8 +127,9 @@ fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u
             keep0,
             keep_other,
             first_group: 0,
-        },
-    );
+        };
+    bench.start(&kernels().neuron_scores(3, n as u32), &params);
+    bench.start(&kernels().select_neurons(3, n as u32), &params);
     let got = bench.read_words(masks, 3 * words);
     for g in 0..3u32 {
         let keep = if g == 0 { keep0 } else { keep_other };

@@ -24,7 +24,7 @@ macro_rules! names {
     ($($name:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
-            "select_neurons", "argmax", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
+            "neuron_scores", "select_neurons", "argmax", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
             "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
@@ -56,6 +56,8 @@ pub fn find(name: &str) -> Option<Id> {
 pub const SKINNY_ROWS: u32 = 64;
 /// Most parts of a down product's sum.
 pub const MAX_DOWN_SPLITS: u32 = 16;
+/// Most blocks that share one row of logits.
+pub const ARGMAX_PIECES: u32 = 32;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
 /// Packed query rows of a prefill tile.
@@ -70,6 +72,7 @@ pub struct Kernels {
     activate: Id,
     select_heads: Id,
     tile: [Id; 2],
+    scores: Id,
     neurons: Id,
     argmax: Id,
     transpose: Id,
@@ -131,6 +134,7 @@ impl Kernels {
             activate: each("activate")?,
             select_heads: each("select_heads")?,
             tile: [each("linear_tile_nt")?, each("linear_tile_nn")?],
+            scores: by_name("neuron_scores")?,
             neurons: by_name("select_neurons")?,
             argmax: by_name("argmax")?,
             transpose: by_name("transpose16")?,
@@ -174,7 +178,7 @@ impl Kernels {
 
     /// Activation of `n` neurons.
     pub fn activate(&self, rows: u32, n: u32) -> Launch {
-        let y = (8 * self.multiprocessors / rows.max(1)).clamp(1, n.div_ceil(256));
+        let y = (8 * self.multiprocessors / rows.max(1)).clamp(1, n.div_ceil(1024));
         Launch { kernel: self.activate, grid: (rows, y), threads: 256, shared: 0 }
     }
 
@@ -183,7 +187,12 @@ impl Kernels {
         Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: (256 + 8 + 256) * 4 }
     }
 
-    /// Neuron selection of `groups` groups.
+    /// Scores of the neurons of `groups` groups of rows.
+    pub fn neuron_scores(&self, groups: u32, n: u32) -> Launch {
+        Launch { kernel: self.scores, grid: (n.div_ceil(64), groups), threads: 256, shared: 1024 }
+    }
+
+    /// Neuron selection of `groups` groups, from their scores.
     pub fn select_neurons(&self, groups: u32, n: u32) -> Launch {
         Launch { kernel: self.neurons, grid: (groups, 1), threads: 1024, shared: neuron_bytes(n) }
     }
@@ -195,7 +204,8 @@ impl Kernels {
 
     /// Most likely tokens.
     pub fn argmax(&self, rows: u32) -> Launch {
-        Launch { kernel: self.argmax, grid: (rows, 1), threads: 1024, shared: 96 * 4 }
+        let pieces = (2 * self.multiprocessors / rows.max(1)).clamp(1, ARGMAX_PIECES);
+        Launch { kernel: self.argmax, grid: (pieces, rows), threads: 512, shared: 400 }
     }
 
     /// Transposition of `rows` by `columns`.
@@ -260,7 +270,7 @@ impl Kernels {
         let tiles = n.div_ceil(64 * mt);
         let shared = 4 * 6 * 2 * mt * 512 + 3 * nt * 8 * (128 * 2 + 64);
         let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, if i == 3 { 2 } else { 4 });
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(32) / 8);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(32), k.div_ceil(32) / 8);
         (Launch { kernel: self.skinny[i], grid: (tiles, splits), threads: 128, shared }, splits)
     }
 
@@ -273,7 +283,7 @@ impl Kernels {
 
     fn tiled(&self, kernel: Id, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         let (x, y) = (rows.div_ceil(128), n.div_ceil(128));
-        let splits = splits(x * y, self.multiprocessors, k.div_ceil(64) / 8).min(8);
+        let splits = splits(x * y, self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 8).min(8);
         (Launch { kernel, grid: (x, y * splits), threads: 256, shared: TILE_SHARED }, splits)
     }
 
@@ -291,7 +301,7 @@ impl Kernels {
         let tiles = n.div_ceil(256);
         let shared = 8 * depth * (4 * 512 + 2 * mt * 256);
         let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, 2);
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(32), k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
         (Launch { kernel: self.down[i], grid: (tiles, splits), threads: 256, shared }, splits)
     }
 }
@@ -307,16 +317,18 @@ fn skinny_variant(rows: u32) -> usize {
     }
 }
 
-/// Parts of a sum so that `tiles` blocks times parts fill `slots` places once or more, evenly; at
-/// most `most`, at least 1.
-fn splits(tiles: u32, slots: u32, most: u32) -> u32 {
+/// Steps of the loop that filling and draining a block's pipeline costs.
+const FILL_STEPS: f64 = 8.0;
+
+/// Parts of a sum of `steps` steps so that `tiles` blocks times parts fill `slots` places evenly and
+/// no block is too short; at most `most`, at least 1.
+fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
     let most = most.clamp(1, 32);
     (1..=most)
         .map(|s| {
-            let waves = (tiles * s).div_ceil(slots);
-            // Time in units of one whole column of work; each part also costs a pass over its output.
-            let time = f64::from(waves) / f64::from(s) * (1.0 + 0.015 * f64::from(s));
-            (s, time)
+            let waves = f64::from((tiles * s).div_ceil(slots));
+            // Each part is also written once and read once by the kernel that adds them.
+            (s, waves * (f64::from(steps) / f64::from(s) + FILL_STEPS) + 0.3 * f64::from(s))
         })
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .map_or(1, |(s, _)| s)

@@ -83,11 +83,11 @@ params! {
     }
     /// See the header.
     NeuronParams {
-        logits: Partial, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
     }
     /// See the header.
-    ArgmaxParams { logits: Ptr, token: Ptr, logprob: Ptr, vocab: u32 }
+    ArgmaxParams { logits: Ptr, token: Ptr, logprob: Ptr, parts: Ptr, counters: Ptr, vocab: u32 }
     /// See the header.
     TransposeParams { input: Ptr, out: Ptr, in_rows: u32, columns: u32, out_columns: u32, first: u32 }
     /// See the header.

@@ -1,7 +1,7 @@
 //! Activations, sums, selections and tables of an engine on the device, sized once.
 
 use super::device::Device;
-use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
 use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
 use super::shape::Shape;
@@ -39,6 +39,11 @@ pub(super) struct Buffers {
     pub(super) token: Ptr,
     pub(super) logprob: Ptr,
     pub(super) nan_count: Ptr,
+    /// Pieces of the argmax, and how many have arrived.
+    pub(super) top_parts: Ptr,
+    pub(super) top_counters: Ptr,
+    /// Neuron scores `[groups][ffn]`.
+    pub(super) neuron_scores: Ptr,
     /// u16 `[batch][kv_heads]`.
     pub(super) selected: Ptr,
     /// Neurons of the reference rule, and bit masks of every group.
@@ -227,6 +232,9 @@ fn places<D: Device>(
         token: p.take(batch, 4),
         logprob: p.take(batch, 4),
         nan_count: p.take(1, 4),
+        top_parts: p.take(batch * 3 * ARGMAX_PIECES as usize, 4),
+        top_counters: p.take(batch, 4),
+        neuron_scores: p.take(if has_mlp { (batch + 1) * s.ffn } else { 0 }, 4),
         selected: p.take(batch * s.kv_heads, 2),
         index: p.take(if has_mlp { s.neurons } else { 0 }, 4),
         masks: p.take(if has_mlp { (batch + 1) * words } else { 0 }, 4),

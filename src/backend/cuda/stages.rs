@@ -205,6 +205,7 @@ impl<D: Device> Cuda<D> {
                 };
                 let params = NeuronParams {
                     logits,
+                    scores: b.neuron_scores,
                     group: s.tables.groups(which),
                     index: b.index,
                     masks: b.masks,
@@ -215,6 +216,7 @@ impl<D: Device> Cuda<D> {
                     keep_other: keep(rule.invariant),
                     first_group,
                 };
+                self.go(s, &s.kernels.neuron_scores(groups, s.shape.ffn as u32), &params)?;
                 self.go(s, &s.kernels.select_neurons(groups, s.shape.ffn as u32), &params)
             }
         }
@@ -354,7 +356,14 @@ impl<D: Device> Cuda<D> {
             let params =
                 LinearParams { x: b.last, w: w.shared.head, index: Ptr::NULL, out: b.logits, rows: n, n: vocab, k: d, splits: 1 };
             self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
-            let params = ArgmaxParams { logits: b.logits, token: b.token, logprob: b.logprob, vocab };
+            let params = ArgmaxParams {
+                logits: b.logits,
+                token: b.token,
+                logprob: b.logprob,
+                parts: b.top_parts,
+                counters: b.top_counters,
+                vocab,
+            };
             self.go(s, &s.kernels.argmax(n), &params)?;
         }
         s.pending = Pending::default();
