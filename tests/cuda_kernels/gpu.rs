@@ -5,7 +5,8 @@ use polar_sparsity::Result;
 use polar_sparsity::backend::cuda::device::Device;
 use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::Launch;
-use polar_sparsity::backend::cuda::params::Ptr;
+use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
+use polar_sparsity::dtype::DType;
 use std::sync::OnceLock;
 
 struct Shared(&'static Driver);
@@ -46,6 +47,9 @@ impl Device for Shared {
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.0.start(launch, params)
+    }
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
+        self.0.product(params, transposed, dtype)
     }
     fn synchronize(&self) -> Result<()> {
         self.0.synchronize()

@@ -3,7 +3,8 @@
 
 use polar_sparsity::backend::cuda::device::Device;
 use polar_sparsity::backend::cuda::launch::{Launch, NAMES};
-use polar_sparsity::backend::cuda::params::Ptr;
+use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
+use polar_sparsity::dtype::DType;
 use polar_sparsity::{Error, Result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
@@ -161,6 +162,9 @@ impl Device for Host {
             return Ok(());
         }
         self.run(launch, params)
+    }
+    fn product(&self, _: &LinearParams, _: bool, _: DType) -> Result<bool> {
+        Ok(false)
     }
     fn synchronize(&self) -> Result<()> {
         Ok(())

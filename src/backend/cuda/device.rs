@@ -1,7 +1,8 @@
 //! What the stages need of a device: memory, copies and launches on one stream, in order.
 
 use super::launch::Launch;
-use super::params::{Params, Ptr};
+use super::params::{LinearParams, Params, Ptr};
+use crate::dtype::DType;
 use crate::error::Result;
 
 /// A device with one stream. Calls take effect in the order they are made.
@@ -27,6 +28,9 @@ pub trait Device: Send + Sync + 'static {
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     /// Starts a kernel. `params` are the bytes of its parameter struct.
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    /// Starts a product of many rows by a vendor's library, sums in one part; `transposed`: the matrix
+    /// is stored `[k, n]`. False: there is none, use a kernel.
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
     /// Waits for everything started.
     fn synchronize(&self) -> Result<()>;
 
@@ -72,6 +76,7 @@ forward! {
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
     fn synchronize(&self) -> Result<()>;
     fn finished(&self, timeout_ns: u64) -> Result<bool>;
     fn record(&self) -> Result<bool>;

@@ -5,7 +5,9 @@
 
 use super::device::Device;
 use super::launch::{Launch, NAMES};
-use super::params::Ptr;
+use super::library::{Library, WORKSPACE};
+use super::params::{LinearParams, Ptr};
+use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CString, c_int, c_void};
@@ -32,6 +34,8 @@ pub struct Driver {
     name: String,
     multiprocessors: u32,
     shared_per_block: u32,
+    library: Option<Library>,
+    workspace: u64,
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -124,6 +128,8 @@ impl Driver {
             name: String::new(),
             multiprocessors: 0,
             shared_per_block: 0,
+            library: None,
+            workspace: 0,
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -176,8 +182,15 @@ impl Driver {
                 )?;
                 driver.functions.push(function);
             }
+            check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
+            driver.library = Library::open(driver.workspace);
         }
         Ok(driver)
+    }
+
+    /// Whether cuBLASLt was found.
+    pub fn has_library(&self) -> bool {
+        self.library.is_some()
     }
 
     /// # Safety
@@ -239,6 +252,10 @@ impl Drop for Driver {
                 if !self.stream.is_null() {
                     let _ = sys::cuStreamSynchronize(self.stream);
                     let _ = sys::cuStreamDestroy_v2(self.stream);
+                }
+                self.library = None;
+                if self.workspace != 0 {
+                    let _ = sys::cuMemFree_v2(self.workspace);
                 }
                 if !self.module.is_null() {
                     let _ = sys::cuModuleUnload(self.module);
@@ -335,6 +352,14 @@ impl Device for Driver {
             )
         };
         check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+    }
+
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
+        let _entered = self.enter()?;
+        match &self.library {
+            Some(library) => library.product(params, transposed, dtype, self.stream.cast()),
+            None => Ok(false),
+        }
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -54,6 +54,8 @@ pub fn find(name: &str) -> Option<Id> {
 
 /// Rows above which the skinny products give way to the tiled one.
 pub const SKINNY_ROWS: u32 = 64;
+/// Rows up to which our own products are used even where the vendor's library is found.
+pub const LIBRARY_ROWS: u32 = 32;
 /// Most parts of a down product's sum.
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Most blocks that share one row of logits.

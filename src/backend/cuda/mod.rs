@@ -11,6 +11,8 @@ pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 pub mod launch;
+#[cfg(feature = "cuda")]
+mod library;
 mod memory;
 pub mod params;
 mod program;

@@ -2,7 +2,7 @@
 //! next adds them, with bias and activation.
 
 use super::device::{Device, start};
-use super::launch::{Launch, SKINNY_ROWS};
+use super::launch::{LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
 use super::tables::Groups;
@@ -22,6 +22,14 @@ impl<D: Device> Cuda<D> {
         start(&*self.device, launch, params)
     }
 
+    /// Hands a product of many rows to the device's library, if it has one.
+    fn by_library(&self, s: &CudaScratch<D>, params: &LinearParams, transposed: bool) -> Result<bool> {
+        if params.rows <= LIBRARY_ROWS || params.index != Ptr::NULL || matches!(s.mode, Mode::Replay(_)) {
+            return Ok(false);
+        }
+        self.device.product(params, transposed, s.shape.dtype)
+    }
+
     /// `x` times a matrix stored `[n, k]`, sums to `out`.
     fn product(
         &self,
@@ -31,7 +39,13 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear(rows, n, k);
-        self.go(s, &launch, &LinearParams { x, w, index, out, rows, n, k, splits })?;
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
+        if self.by_library(s, &params, false)? {
+            params.splits = 1;
+        } else {
+            self.go(s, &launch, &params)?;
+        }
+        let splits = params.splits;
         Ok(Partial { data: out, splits, columns: n })
     }
 
@@ -44,7 +58,13 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear_transposed(rows, n, k);
-        self.go(s, &launch, &LinearParams { x, w, index, out, rows, n, k, splits })?;
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
+        if self.by_library(s, &params, true)? {
+            params.splits = 1;
+        } else {
+            self.go(s, &launch, &params)?;
+        }
+        let splits = params.splits;
         Ok(Partial { data: out, splits, columns: n })
     }
 
@@ -355,7 +375,9 @@ impl<D: Device> Cuda<D> {
             let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
             let params =
                 LinearParams { x: b.last, w: w.shared.head, index: Ptr::NULL, out: b.logits, rows: n, n: vocab, k: d, splits: 1 };
-            self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
+            if !self.by_library(s, &params, false)? {
+                self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
+            }
             let params = ArgmaxParams {
                 logits: b.logits,
                 token: b.token,
