@@ -1,6 +1,6 @@
 //! The cases of each kernel.
 
-use crate::timing::Gpu;
+use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
 use polar_sparsity::backend::cuda::params::*;
 
@@ -143,7 +143,10 @@ pub(crate) fn products(gpu: &Gpu) {
     let shapes = [("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336), ("head", 128_256, 4096)];
     for (name, n, k) in shapes {
         for rows in [1, 8, 16, 32, 64, 128, 512] {
-            product(gpu, "linear", name, rows, n, k, None);
+            if rows <= 64 {
+                product(gpu, "linear", name, rows, n, k, None);
+            }
+            product(gpu, "cublaslt", name, rows, n, k, None);
         }
     }
 }
@@ -166,19 +169,19 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
         gpu.words(&l)
     });
     let us = gpu.time(copies, |i| {
-        gpu.start(
-            &launch,
-            &LinearParams {
-                x: x.at,
-                w: w.at.add(i * matrix),
-                index: list.as_ref().map_or(Ptr::NULL, |l| l.at),
-                out: out.at,
-                rows,
-                n,
-                k,
-                splits,
-            },
-        );
+        let params = LinearParams {
+            x: x.at,
+            w: w.at.add(i * matrix),
+            index: list.as_ref().map_or(Ptr::NULL, |l| l.at),
+            out: out.at,
+            rows,
+            n,
+            k,
+            splits,
+        };
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+            gpu.start(&launch, &params);
+        }
     });
     let tflops = 2.0 * f64::from(rows) * f64::from(n) * f64::from(k) / us / 1e6;
     gpu.report(

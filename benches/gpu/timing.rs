@@ -5,6 +5,7 @@ use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::{Kernels, Launch};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
+use std::sync::Arc;
 
 pub(crate) const T: DType = DType::BF16;
 /// Inputs rotate over this many bytes, several times any L2.
@@ -12,7 +13,7 @@ const ROTATION: u64 = 400 << 20;
 
 /// A GPU with its measured ceiling.
 pub(crate) struct Gpu {
-    pub(crate) device: Driver,
+    pub(crate) device: Arc<Driver>,
     /// Read-only stream, TB/s.
     pub(crate) ceiling: f64,
 }
@@ -32,7 +33,7 @@ impl Drop for Memory<'_> {
 impl Gpu {
     pub(crate) fn open() -> Gpu {
         let device = match Driver::open(0) {
-            Ok(device) => device,
+            Ok(device) => Arc::new(device),
             Err(error) => {
                 println!("{error}");
                 std::process::exit(1);
@@ -44,7 +45,7 @@ impl Gpu {
         let sink = gpu.room(16);
         let params = StreamParams { at: memory.at, sink: sink.at, count: bytes / 16 };
         let launch = gpu.kernels(128, 1).read_stream().unwrap();
-        let us = gpu.time(1, |_| device::start(&gpu.device, &launch, &params).unwrap());
+        let us = gpu.time(1, |_| device::start(&*gpu.device, &launch, &params).unwrap());
         drop((memory, sink));
         gpu.ceiling = bytes as f64 / us / 1e6;
         println!(r#"{{"kind":"ceiling","read_tbps":{:.3}}}"#, gpu.ceiling);
@@ -71,14 +72,14 @@ impl Gpu {
         let memory = Memory { at: self.device.alloc(2 * count).unwrap(), device: &self.device };
         let launch = self.kernels(128, 1).fill(T).unwrap();
         let params = FillParams { at: memory.at, count, seed: count, scale, offset: 0.0 };
-        device::start(&self.device, &launch, &params).unwrap();
+        device::start(&*self.device, &launch, &params).unwrap();
         memory
     }
 
     /// Overwrites `count` 16-bit numbers.
     pub(crate) fn random_into(&self, at: Ptr, count: u64) {
         let launch = self.kernels(128, 1).fill(T).unwrap();
-        device::start(&self.device, &launch, &FillParams { at, count, seed: 9, scale: 1.0, offset: 0.0 }).unwrap();
+        device::start(&*self.device, &launch, &FillParams { at, count, seed: 9, scale: 1.0, offset: 0.0 }).unwrap();
     }
 
     pub(crate) fn words(&self, v: &[u32]) -> Memory<'_> {
@@ -113,7 +114,7 @@ impl Gpu {
     }
 
     pub(crate) fn start<P: Params>(&self, launch: &Launch, params: &P) {
-        device::start(&self.device, launch, params).unwrap();
+        device::start(&*self.device, launch, params).unwrap();
     }
 
     /// One line of the table, and its JSON twin.

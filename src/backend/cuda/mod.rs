@@ -74,6 +74,13 @@ impl<D: Device> Cuda<D> {
         weights::bytes(spec, &Shape::new(spec, None)?)
     }
 
+    /// Random contents for every page: for benchmarks.
+    pub fn fill_random(&self, w: &CudaWeights<D>, kv: &mut CudaKv<D>) -> Result<()> {
+        let count = kv.layer_bytes * w.shape.layers as u64 / 2;
+        let fill = params::FillParams { at: kv.memory.at, count, seed: 3, scale: 1.0, offset: 0.0 };
+        device::start(&*self.device, &w.kernels.fill(w.shape.dtype)?, &fill)
+    }
+
     /// Counts of what this step runs, from its plan: selections keep as many units as planned.
     fn count(w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) {
         let (units, ffn) = (w.spec.num_kv_heads, u64::from(w.spec.ffn_size));

@@ -93,10 +93,4 @@ impl Shape {
     pub(super) fn layer_page_bytes(&self) -> u64 {
         (self.kv_heads * 2 * 16 * self.hd * 2) as u64
     }
-
-    /// Where dimension `i` of a head is stored: halves keep their distance for the rotation.
-    pub(super) fn dimension(&self, i: usize) -> usize {
-        let half = self.head_dim / 2;
-        if i < half { i } else { self.hd / 2 + i - half }
-    }
 }

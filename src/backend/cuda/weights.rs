@@ -10,7 +10,7 @@ use crate::backend::Progress;
 use crate::dtype::{DType, bf16, f16, widen};
 use crate::error::{Error, Result, Status, try_vec, try_with_capacity};
 use crate::model::{LayerRole, ModelSpec, Norm, Role, Weights};
-use crate::sparsity::router::{AttnUnit, RouterFile, RouterTensor};
+use crate::sparsity::router::{AttnUnit, RouterFile, RouterInfo, RouterTensor};
 use std::sync::Arc;
 
 /// Host memory for one piece, bytes.
@@ -204,7 +204,7 @@ impl<D: Device> CudaWeights<D> {
 #[derive(Clone, Copy)]
 enum Axis {
     Plain(usize),
-    /// That many heads, each of its dimensions at [`Shape::dimension`].
+    /// That many heads, filled up to the built size: the halves keep their distance for the rotation.
     Heads(usize),
 }
 
@@ -378,24 +378,24 @@ pub(super) struct LayerRouters {
 /// Routers on a device.
 pub struct CudaRouters<D: Device> {
     pub(super) layers: Vec<LayerRouters>,
-    pub(super) bytes: u64,
-    _memory: Memory<D>,
+    bytes: u64,
+    memory: Memory<D>,
 }
 
 impl<D: Device> CudaRouters<D> {
-    pub(super) fn upload(device: &Arc<D>, spec: &ModelSpec, file: &RouterFile) -> Result<CudaRouters<D>> {
-        let shape = Shape::new(spec, None)?;
+    /// Room for the routers that `info` lists, zeros.
+    fn empty(device: &Arc<D>, shape: &Shape, info: &RouterInfo) -> Result<CudaRouters<D>> {
         let lay = |at: Ptr| -> Result<(Vec<LayerRouters>, u64)> {
             let mut p = Places::from(at);
             let mut layers = try_with_capacity(shape.layers, "router layers")?;
             for l in 0..shape.layers {
                 let mut r = LayerRouters::default();
-                let attention = file.info().attention.as_ref();
+                let attention = info.attention.as_ref();
                 if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
                     r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
                     r.attn = Pair { weight: p.take(r.attn_rows * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
                 }
-                if let Some(rank) = file.info().mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
+                if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
                     r.rank = (rank as usize).next_multiple_of(8);
                     r.down = p.take(r.rank * shape.hidden, 2);
                     r.up = p.take(shape.neurons * r.rank, 2);
@@ -407,7 +407,24 @@ impl<D: Device> CudaRouters<D> {
         let bytes = lay(Ptr::NULL)?.1;
         let memory = Memory::zeroed(device, bytes)?;
         let layers = lay(memory.at)?.0;
-        for (l, r) in layers.iter().enumerate() {
+        Ok(CudaRouters { layers, bytes, memory })
+    }
+
+    /// Random routers, made on the device: for benchmarks.
+    pub fn random(device: &Arc<D>, spec: &ModelSpec, info: &RouterInfo) -> Result<CudaRouters<D>> {
+        let shape = Shape::new(spec, None)?;
+        let routers = CudaRouters::empty(device, &shape, info)?;
+        let kernels = shape.kernels(device.multiprocessors(), device.shared_per_block())?;
+        let fill =
+            super::params::FillParams { at: routers.memory.at, count: routers.bytes / 2, seed: 2, scale: 0.03, offset: 0.0 };
+        start(&**device, &kernels.fill(shape.dtype)?, &fill)?;
+        Ok(routers)
+    }
+
+    pub(super) fn upload(device: &Arc<D>, spec: &ModelSpec, file: &RouterFile) -> Result<CudaRouters<D>> {
+        let shape = Shape::new(spec, None)?;
+        let routers = CudaRouters::empty(device, &shape, file.info())?;
+        for (l, r) in routers.layers.iter().enumerate() {
             let put = |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
             if r.attn_rows > 0 {
                 put(RouterTensor::AttnWeight, r.attn.weight, shape.hidden)?;
@@ -419,7 +436,7 @@ impl<D: Device> CudaRouters<D> {
             }
         }
         device.synchronize()?;
-        Ok(CudaRouters { layers, bytes, _memory: memory })
+        Ok(routers)
     }
 }
 
