@@ -101,7 +101,11 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     const uint32_t most = grid_x() < 4 * HD ? grid_x() : 4 * HD;
     workers = workers < 1 ? 1 : workers > most ? most : workers;
     const uint32_t worker = block_x();
-    if (line == 0 || worker >= workers) return;
+    let_next_start();
+    if (line == 0 || worker >= workers) {
+        wait_for_previous();
+        return;
+    }
 
     // Shared memory: rings of the four warps, merge buffers, barriers.
     unsigned char* ring = shared + warp * p.stages * BYTES;
@@ -127,6 +131,8 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         }
         walk.b = low;
     }
+    // Up to here only step tables were read.
+    wait_for_previous();
     Loads loads;
     loads.walk = walk;
     loads.issued = 0;

@@ -14,6 +14,7 @@ constexpr int WARPS = 4, STAGES = 2;
 template <class T, int HD> DEVICE void run(const PrefillParams& p) {
     using Math = PageMath<T, HD, true>;
     constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
+    begin_kernel();
     SHARED_BYTES(shared);
     unsigned char* ring = shared;  // [stage][warp's page]
     TileBarrier* barriers = (TileBarrier*)(shared + STAGES * WARPS * BYTES);

@@ -5,8 +5,10 @@
 // Traffic: each selected row of w is read once, in pieces of 512 bytes a block. Rows of w are the sum's
 // side, so fragments need two rows' elements side by side: a lane reads 16 bytes of four rows (4 t ..
 // 4 t + 3 of 16) and pairs them by byte permutation, column 8 g + i of 64 being column g of product i.
-// As in linear_skinny each lane copies what it will use itself; no barrier until the end, when the
-// two halves of the warps (even and odd steps) are added.
+// Eight lanes copy a whole 128-byte piece of one row (requests of 32 bytes would halve the rate), so
+// a stage is a warp's tile of 16 rows by 8 pieces, piece c of row r at c ^ (r / 4 * 2): both sides touch
+// all banks. Stages belong to one warp: no block barrier until the end, when the two halves of the
+// warps (even and odd steps) are added.
 #include "common.cuh"
 
 namespace down {
@@ -16,12 +18,14 @@ constexpr int COLUMNS = 64 * COLUMN_WARPS;
 
 template <class T, int MT> DEVICE void run(const LinearParams& p) {
     constexpr int DEPTH = MT > 2 ? 4 : 5, W_BYTES = 4 * 512, X_BYTES = 2 * MT * 256;
+    begin_kernel();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     const int half = warp / COLUMN_WARPS;
-    unsigned char* w_mine = shared + warp * DEPTH * W_BYTES + lane * 16;
+    unsigned char* w_mine = shared + warp * DEPTH * W_BYTES;
     unsigned char* x_mine = shared + COLUMN_WARPS * HALVES * DEPTH * W_BYTES + warp * DEPTH * X_BYTES + lane * 8;
-    const uint32_t column0 = block_x() * COLUMNS + warp % COLUMN_WARPS * 64, column = column0 + 8 * g;
+    const uint32_t column0 = block_x() * COLUMNS + warp % COLUMN_WARPS * 64;
+    const uint32_t piece = lane % 8, quarter = lane / 8, column = column0 + 8 * piece;
 
     const uint32_t all = (p.k + STEP - 1) / STEP;
     const uint32_t from = (uint32_t)((uint64_t)all * block_y() / p.splits);
@@ -31,7 +35,7 @@ template <class T, int MT> DEVICE void run(const LinearParams& p) {
     // Row numbers are fetched a step before their rows, else each step would wait for them.
     uint32_t rows[4];
     auto look_up = [&](uint32_t s) {
-        const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * t;
+        const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * quarter;
         if (p.index && s < steps && j0 < p.k) {
             const Words4 four = *(const Words4*)(p.index + j0);
             UNROLL for (int r = 0; r < 4; r++) rows[r] = four.w[r];
@@ -41,11 +45,11 @@ template <class T, int MT> DEVICE void run(const LinearParams& p) {
     };
     auto issue = [&](uint32_t s) {
         if (s < steps) {
-            const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * t;
+            const uint32_t step0 = (from + half + s * HALVES) * STEP, j0 = step0 + 4 * t;
             UNROLL for (int r = 0; r < 4; r++) {
-                const bool valid = j0 < p.k && column < p.n;
+                const bool valid = step0 + 4 * quarter < p.k && column < p.n;
                 const uint64_t row = valid ? rows[r] : 0;
-                copy_async16(w_mine + s % DEPTH * W_BYTES + r * 512,
+                copy_async16(w_mine + s % DEPTH * W_BYTES + (4 * quarter + r) * 128 + (piece ^ (2 * quarter)) * 16,
                              valid ? (const void*)((const T*)p.w + row * p.n + column) : p.w, valid);
             }
             UNROLL for (int r = 0; r < 2 * MT; r++) {
@@ -68,11 +72,12 @@ template <class T, int MT> DEVICE void run(const LinearParams& p) {
     for (int s = 0; s < DEPTH - 1; s++) issue(s);
     for (uint32_t s = 0; s < steps; s++) {
         copy_wait<DEPTH - 2>();
+        sync_warp();
         issue(s + DEPTH - 1);
         const unsigned char* w = w_mine + s % DEPTH * W_BYTES;
         const unsigned char* x = x_mine + s % DEPTH * X_BYTES;
         Words4 row[4];
-        UNROLL for (int r = 0; r < 4; r++) row[r] = *(const Words4*)(w + r * 512);
+        UNROLL for (int r = 0; r < 4; r++) row[r] = *(const Words4*)(w + (4 * t + r) * 128 + (g ^ (2 * t)) * 16);
         uint32_t a[MT][4];
         UNROLL for (int m = 0; m < MT; m++) {
             Words2 low = *(const Words2*)(x + 2 * m * 256), high = *(const Words2*)(x + (2 * m + 1) * 256);

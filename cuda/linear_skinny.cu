@@ -20,6 +20,7 @@ template <int MT, int NT> constexpr int shared_bytes() {
 }
 
 template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
+    let_next_start();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     unsigned char* mine = shared + warp * DEPTH * 2 * MT * 512 + lane * 16;
@@ -32,43 +33,56 @@ template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
 
     const uint32_t neuron0 = (block_x() * WARPS + warp) * 16 * MT;
     const T* row[2 * MT];
-    UNROLL for (int i = 0; i < 2 * MT; i++) {
-        uint32_t n = neuron0 + 8 * i + g;
-        row[i] = n < p.n ? (const T*)p.w + (uint64_t)(p.index ? p.index[n] : n) * p.k : nullptr;
-    }
-
-    auto issue = [&](uint32_t s) {
-        if (s < steps) {
-            const uint32_t k = (from + s) * STEP + 8 * t;
-            unsigned char* to = mine + s % DEPTH * 2 * MT * 512;
-            UNROLL for (int i = 0; i < 2 * MT; i++) {
-                const bool valid = row[i] && k < p.k;
-                copy_async16(to + i * 512, valid ? (const void*)(row[i] + k) : p.w, valid);
-            }
-            if (s % STEPS_PER_CHUNK == 0) {
-                unsigned char* buffer = x_shared + s / STEPS_PER_CHUNK % BUFFERS * NT * 8 * X_STRIDE;
-                constexpr int PER_ROW = CHUNK / 8;
-                for (int i = thread_index(); i < NT * 8 * PER_ROW; i += 128) {
-                    const uint32_t r = i / PER_ROW, c = i % PER_ROW, k = (from + s) * STEP + 8 * c;
-                    const bool valid = r < p.rows && k < p.k;
-                    copy_async16(buffer + r * X_STRIDE + c * 16,
-                                 valid ? (const void*)((const T*)p.x + (uint64_t)r * p.k + k) : p.x, valid);
-                }
-            }
+    auto find_rows = [&] {
+        UNROLL for (int i = 0; i < 2 * MT; i++) {
+            uint32_t n = neuron0 + 8 * i + g;
+            row[i] = n < p.n ? (const T*)p.w + (uint64_t)(p.index ? p.index[n] : n) * p.k : nullptr;
         }
-        copy_commit();
+    };
+
+    auto issue_w = [&](uint32_t s) {
+        const uint32_t k = (from + s) * STEP + 8 * t;
+        unsigned char* to = mine + s % DEPTH * 2 * MT * 512;
+        UNROLL for (int i = 0; i < 2 * MT; i++) {
+            const bool valid = row[i] && k < p.k;
+            copy_async16(to + i * 512, valid ? (const void*)(row[i] + k) : p.w, valid);
+        }
+    };
+    auto issue_x = [&](uint32_t s) {
+        unsigned char* buffer = x_shared + s / STEPS_PER_CHUNK % BUFFERS * NT * 8 * X_STRIDE;
+        constexpr int PER_ROW = CHUNK / 8;
+        for (int i = thread_index(); i < NT * 8 * PER_ROW; i += 128) {
+            const uint32_t r = i / PER_ROW, c = i % PER_ROW, k = (from + s) * STEP + 8 * c;
+            const bool valid = r < p.rows && k < p.k;
+            copy_async16(buffer + r * X_STRIDE + c * 16,
+                         valid ? (const void*)((const T*)p.x + (uint64_t)r * p.k + k) : p.x, valid);
+        }
     };
 
     float c[MT][NT][4];
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int n = 0; n < NT; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
-    for (int s = 0; s < DEPTH - 1; s++) issue(s);
+    // Weights are constants: their loads start before the kernel that makes x has ended.
+    if (p.index) wait_for_previous();
+    find_rows();
+    for (uint32_t s = 0; s < DEPTH - 1; s++)
+        if (s < steps) issue_w(s);
+    if (!p.index) wait_for_previous();
+    for (uint32_t s = 0; s < DEPTH - 1; s++) {
+        if (s < steps && s % STEPS_PER_CHUNK == 0) issue_x(s);
+        copy_commit();
+    }
     for (uint32_t s = 0; s < steps; s++) {
         copy_wait<DEPTH - 2>();
         // The chunk that starts here is in place, and the oldest buffer is free.
         if (s % STEPS_PER_CHUNK == 0) sync_block();
-        issue(s + DEPTH - 1);
+        const uint32_t ahead = s + DEPTH - 1;
+        if (ahead < steps) {
+            issue_w(ahead);
+            if (ahead % STEPS_PER_CHUNK == 0) issue_x(ahead);
+        }
+        copy_commit();
         const unsigned char* w = mine + s % DEPTH * 2 * MT * 512;
         const unsigned char* x = x_shared + s / STEPS_PER_CHUNK % BUFFERS * NT * 8 * X_STRIDE +
                                  g * X_STRIDE + s % STEPS_PER_CHUNK * 64 + t * 16;

@@ -118,7 +118,7 @@ template <class T, bool NN> DEVICE void run(const LinearParams& p) {
 
 }  // namespace tile
 
-KERNEL(256, 1) linear_tile_nt_bf16(const GRID_CONSTANT LinearParams p) { tile::run<bf16, false>(p); }
-KERNEL(256, 1) linear_tile_nn_bf16(const GRID_CONSTANT LinearParams p) { tile::run<bf16, true>(p); }
-KERNEL(256, 1) linear_tile_nt_f16(const GRID_CONSTANT LinearParams p) { tile::run<f16, false>(p); }
-KERNEL(256, 1) linear_tile_nn_f16(const GRID_CONSTANT LinearParams p) { tile::run<f16, true>(p); }
+KERNEL(256, 1) linear_tile_nt_bf16(const GRID_CONSTANT LinearParams p) { begin_kernel(); tile::run<bf16, false>(p); }
+KERNEL(256, 1) linear_tile_nn_bf16(const GRID_CONSTANT LinearParams p) { begin_kernel(); tile::run<bf16, true>(p); }
+KERNEL(256, 1) linear_tile_nt_f16(const GRID_CONSTANT LinearParams p) { begin_kernel(); tile::run<f16, false>(p); }
+KERNEL(256, 1) linear_tile_nn_f16(const GRID_CONSTANT LinearParams p) { begin_kernel(); tile::run<f16, true>(p); }

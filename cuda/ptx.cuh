@@ -32,6 +32,26 @@ DEVICE int grid_y() { return (int)gridDim.y; }
 DEVICE int lane_index() { return (int)(threadIdx.x & 31); }
 DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
 
+// ---- order between kernels ---------------------------------------------------------------------
+
+// Kernels of a step are started before the one before them has ended (programmatic dependent launch),
+// so each one waits before it reads or writes anything another kernel touches; only weights and step
+// tables may be read earlier. Every kernel calls both, every block of it, before any return.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void begin_kernel() {
+    let_next_start();
+    wait_for_previous();
+}
+
 // ---- barriers, fences, atomics -----------------------------------------------------------------
 
 DEVICE void sync_block() { __syncthreads(); }
@@ -45,8 +65,6 @@ DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mas
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
-// The lanes that hold the same value.
-DEVICE uint32_t same_lanes(uint32_t v) { return __match_any_sync(~0u, v); }
 DEVICE int count_bits(uint32_t v) { return __popc(v); }
 DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
 

@@ -148,10 +148,10 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 }  // namespace rows
 
 #define ROWS(type)                                                                                    \
-    KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { rows::embed<type>(p); }          \
-    KERNEL(512, 1) norm_##type(const GRID_CONSTANT NormParams p) { rows::norm<type>(p); }             \
-    KERNEL(256, 1) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type>(p); }                \
-    KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
+    KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
+    KERNEL(512, 1) norm_##type(const GRID_CONSTANT NormParams p) { begin_kernel(); rows::norm<type>(p); }             \
+    KERNEL(256, 1) qkv_##type(const GRID_CONSTANT QkvParams p) { begin_kernel(); rows::qkv<type>(p); }                \
+    KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { begin_kernel(); rows::activate<type>(p); }
 ROWS(bf16)
 ROWS(f16)
 #undef ROWS

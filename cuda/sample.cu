@@ -27,6 +27,7 @@ struct Best {
 }  // namespace top
 
 KERNEL(512, 1) argmax(const GRID_CONSTANT ArgmaxParams p) {
+    begin_kernel();
     using top::Best;
     SHARED_BYTES(shared);
     Best* warps = (Best*)shared;                 // [32]

@@ -67,16 +67,17 @@ DEVICE void scores(const NeuronParams& p) {
 }
 
 // Block = group: its `keep` best scores become a bit mask and, for group 0, a list. Radix select: the
-// threshold key is found 8 bits at a time from histograms in shared memory (equal digits of a warp are
-// counted together, since most scores are zero), then one ordered pass writes what is above it and
-// the first of those equal to it. Shared memory: n + 256 + 2 threads + 2 words.
+// threshold key is found 8 bits at a time from histograms in shared memory (a warp's two commonest digits
+// are counted at once: most scores are zero and exponents are few), then an ordered pass writes what is
+// above it and the first of those equal to it. Shared memory: n + 256 + n / 16 + 2 words.
 DEVICE void neurons(const NeuronParams& p) {
     SHARED_BYTES(shared);
     uint32_t* keys = (uint32_t*)shared;          // [n]
     uint32_t* histogram = keys + p.n;            // [256]
-    uint32_t* counts = histogram + 256;          // [threads] above the threshold, then equal to it
-    uint32_t* equals = counts + block_threads();
-    uint32_t* found = equals + block_threads();  // [2] threshold prefix, still wanted
+    const uint32_t words = (p.n + 31) / 32;
+    uint32_t* counts = histogram + 256;          // [words] above the threshold, then before the word
+    uint32_t* equals = counts + words;
+    uint32_t* found = equals + words;            // [2] threshold prefix, still wanted
     const uint32_t group = p.first_group + block_x(), thread = thread_index(), threads = block_threads();
     const uint32_t keep = group == 0 ? p.keep0 : p.keep_other;
     if (keep == NONE) return;
@@ -99,9 +100,16 @@ DEVICE void neurons(const NeuronParams& p) {
         for (uint32_t round = 0; round < rounds; round++) {
             const uint32_t j = round * threads + thread;
             const bool counted = j < p.n && (keys[j] & above_mask) == prefix;
-            const uint32_t digit = counted ? keys[j] >> shift & 255 : 256;
-            const uint32_t same = same_lanes(digit);
-            if (counted && lowest_bit(same) == lane_index()) atomic_add(histogram + digit, count_bits(same));
+            const uint32_t digit = keys[j < p.n ? j : 0] >> shift & 255;
+            bool left = counted;
+            for (int i = 0; i < 2; i++) {
+                const uint32_t waiting = vote(left);
+                const int leader = waiting ? lowest_bit(waiting) : 0;
+                const uint32_t common = shuffle(digit, leader), same = vote(left && digit == common);
+                if (same && lane_index() == leader) atomic_add(histogram + common, count_bits(same));
+                left = left && digit != common;
+            }
+            if (left) atomic_add(histogram + digit, 1);
         }
         sync_block();
         // Lane l of warp 0 owns digits 8 l .. 8 l + 7; sums from the top tell where `wanted` falls.
@@ -125,49 +133,61 @@ DEVICE void neurons(const NeuronParams& p) {
         }
         sync_block();
     }
-    // Each thread owns a run of whole words of the mask, so runs are in index order.
-    const uint32_t threshold = found[0], equal_wanted = found[1];
-    const uint32_t words = (p.n + 31) / 32, each = (words + threads - 1) / threads;
-    const uint32_t begin = thread * each * 32 < p.n ? thread * each * 32 : p.n;
-    const uint32_t end = begin + each * 32 < p.n ? begin + each * 32 : p.n;
-    uint32_t above = 0, equal = 0;
-    for (uint32_t j = begin; j < end; j++) {
-        above += keys[j] > threshold;
-        equal += keys[j] == threshold;
+    // A warp per word of the mask, a lane per bit. First how many of each word stay for sure and may stay.
+    const uint32_t threshold = found[0], equal_wanted = found[1], below = (1u << lane_index()) - 1;
+    for (uint32_t w = warp_index(); w < words; w += threads / 32) {
+        const uint32_t j = 32 * w + lane_index();
+        const uint32_t above = vote(j < p.n && keys[j] > threshold), equal = vote(j < p.n && keys[j] == threshold);
+        if (lane_index() == 0) {
+            counts[w] = count_bits(above);
+            equals[w] = count_bits(equal);
+        }
     }
-    counts[thread] = above;
-    equals[thread] = equal;
     sync_block();
-    for (uint32_t step = 1; step < threads; step *= 2) {  // inclusive prefix sums
-        const uint32_t a = thread >= step ? counts[thread - step] : 0, e = thread >= step ? equals[thread - step] : 0;
-        sync_block();
-        counts[thread] += a;
-        equals[thread] += e;
-        sync_block();
+    // Warp 0 turns both into sums over the words before.
+    if (warp_index() == 0) {
+        const uint32_t each = (words + 31) / 32, begin = lane_index() * each;
+        const uint32_t end = begin + each < words ? begin + each : words;
+        uint32_t above = 0, equal = 0;
+        for (uint32_t w = begin; w < end; w++) {
+            above += counts[w];
+            equal += equals[w];
+        }
+        uint32_t above_sum = above, equal_sum = equal;
+        for (int m = 1; m < 32; m *= 2) {
+            const uint32_t a = shuffle(above_sum, (lane_index() - m) & 31), e = shuffle(equal_sum, (lane_index() - m) & 31);
+            if (lane_index() >= m) {
+                above_sum += a;
+                equal_sum += e;
+            }
+        }
+        above = above_sum - above;
+        equal = equal_sum - equal;
+        for (uint32_t w = begin; w < end; w++) {
+            const uint32_t a = counts[w], e = equals[w];
+            counts[w] = above;
+            equals[w] = equal;
+            above += a;
+            equal += e;
+        }
     }
-    uint32_t seen_equal = equals[thread] - equal;
-    uint32_t place = counts[thread] - above + (seen_equal < equal_wanted ? seen_equal : equal_wanted);
-    uint32_t* mask = p.masks ? p.masks + (uint64_t)group * words : nullptr;
-    uint32_t word = 0;
-    for (uint32_t j = begin; j < end; j++) {
-        bool stays = keys[j] > threshold;
-        if (keys[j] == threshold) stays = seen_equal++ < equal_wanted;
-        if (stays) {
-            if (p.index && group == 0) p.index[place] = j;
-            place++;
-            word |= 1u << (j % 32);
-        }
-        if (j % 32 == 31 || j + 1 == end) {
-            if (mask) mask[j / 32] = word;
-            word = 0;
-        }
+    sync_block();
+    for (uint32_t w = warp_index(); w < words; w += threads / 32) {
+        const uint32_t j = 32 * w + lane_index(), key = j < p.n ? keys[j] : 0;
+        const uint32_t equal = vote(j < p.n && key == threshold);
+        const bool stays = j < p.n && (key > threshold ||
+                                       (key == threshold && equals[w] + count_bits(equal & below) < equal_wanted));
+        const uint32_t mask = vote(stays);
+        const uint32_t place = counts[w] + (equals[w] < equal_wanted ? equals[w] : equal_wanted) + count_bits(mask & below);
+        if (stays && p.index && group == 0) p.index[place] = j;
+        if (lane_index() == 0 && p.masks) p.masks[(uint64_t)group * words + w] = mask;
     }
     if (p.index && group == 0 && thread < 8 && keep % 8 && thread >= keep % 8) p.index[keep / 8 * 8 + thread] = 0;
 }
 
 }  // namespace selection
 
-KERNEL(256, 1) select_heads_bf16(const GRID_CONSTANT SelectParams p) { selection::heads<bf16>(p); }
-KERNEL(256, 1) select_heads_f16(const GRID_CONSTANT SelectParams p) { selection::heads<f16>(p); }
-KERNEL(256, 1) neuron_scores(const GRID_CONSTANT NeuronParams p) { selection::scores(p); }
-KERNEL(1024, 1) select_neurons(const GRID_CONSTANT NeuronParams p) { selection::neurons(p); }
+KERNEL(256, 1) select_heads_bf16(const GRID_CONSTANT SelectParams p) { begin_kernel(); selection::heads<bf16>(p); }
+KERNEL(256, 1) select_heads_f16(const GRID_CONSTANT SelectParams p) { begin_kernel(); selection::heads<f16>(p); }
+KERNEL(256, 1) neuron_scores(const GRID_CONSTANT NeuronParams p) { begin_kernel(); selection::scores(p); }
+KERNEL(1024, 1) select_neurons(const GRID_CONSTANT NeuronParams p) { begin_kernel(); selection::neurons(p); }

@@ -3,6 +3,7 @@
 
 // Reads count * 16 bytes once, four loads in flight a thread; the sum keeps the loads alive.
 KERNEL(512, 2) read_stream(const GRID_CONSTANT StreamParams p) {
+    begin_kernel();
     const Words4* from = (const Words4*)p.at;
     const uint64_t stride = (uint64_t)grid_x() * block_threads();
     uint64_t i = (uint64_t)block_x() * block_threads() + thread_index();
@@ -26,5 +27,5 @@ template <class T> DEVICE void fill(const FillParams& p) {
         ((T*)p.at)[i] = from_float<T>(u * p.scale + p.offset);
     }
 }
-KERNEL(256, 1) fill_bf16(const GRID_CONSTANT FillParams p) { fill<bf16>(p); }
-KERNEL(256, 1) fill_f16(const GRID_CONSTANT FillParams p) { fill<f16>(p); }
+KERNEL(256, 1) fill_bf16(const GRID_CONSTANT FillParams p) { begin_kernel(); fill<bf16>(p); }
+KERNEL(256, 1) fill_f16(const GRID_CONSTANT FillParams p) { begin_kernel(); fill<f16>(p); }

@@ -3,6 +3,7 @@
 
 // Block (column tile, row tile) of 32 x 32 through shared memory, 256 threads.
 KERNEL(256, 1) transpose16(const GRID_CONSTANT TransposeParams p) {
+    begin_kernel();
     SHARED_BYTES(shared);
     uint16_t* tile = (uint16_t*)shared;  // [32][33]
     const uint32_t column0 = block_x() * 32, row0 = block_y() * 32;
@@ -19,6 +20,7 @@ KERNEL(256, 1) transpose16(const GRID_CONSTANT TransposeParams p) {
 }
 
 KERNEL(256, 1) convert(const GRID_CONSTANT ConvertParams p) {
+    begin_kernel();
     for (uint64_t i = (uint64_t)block_x() * 256 + thread_index(); i < p.count; i += (uint64_t)grid_x() * 256) {
         float v;
         if (p.in_kind == 0) v = ((const float*)p.in)[i];

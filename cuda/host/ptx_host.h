@@ -27,6 +27,10 @@ DEVICE int grid_y() { return host::grid.y; }
 DEVICE int lane_index() { return host::self->index & 31; }
 DEVICE int warp_index() { return host::self->index >> 5; }
 
+DEVICE void let_next_start() {}
+DEVICE void wait_for_previous() {}
+DEVICE void begin_kernel() {}
+
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
 DEVICE void fence_device() {}
@@ -63,15 +67,6 @@ DEVICE uint32_t vote(bool v) {
     sync_warp();
     uint32_t y = 0;
     for (int i = 0; i < 32; i++) y |= (w.words[i][0] & 1u) << i;
-    sync_warp();
-    return y;
-}
-DEVICE uint32_t same_lanes(uint32_t v) {
-    host::Warp& w = host::warp();
-    w.words[lane_index()][0] = v;
-    sync_warp();
-    uint32_t y = 0;
-    for (int i = 0; i < 32; i++) y |= (uint32_t)(w.words[i][0] == v) << i;
     sync_warp();
     return y;
 }

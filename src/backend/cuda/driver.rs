@@ -36,6 +36,8 @@ pub struct Driver {
     shared_per_block: u32,
     library: Option<Library>,
     workspace: u64,
+    /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
+    starts_early: bool,
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -130,6 +132,7 @@ impl Driver {
             shared_per_block: 0,
             library: None,
             workspace: 0,
+            starts_early: false,
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -147,6 +150,7 @@ impl Driver {
                     driver.name
                 )));
             }
+            driver.starts_early = major >= 9;
             driver.multiprocessors = driver.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
             driver.shared_per_block =
                 driver.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
@@ -334,19 +338,29 @@ impl Device for Driver {
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // A kernel may start before the one before it ends; every one of ours waits by itself.
+        // SAFETY: plain structs; zero is a valid value of every field.
+        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        early.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream,
+            attrs: &mut early,
+            numAttrs: u32::from(self.starts_early),
+        };
         // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
         // them before it returns.
         let result = unsafe {
-            sys::cuLaunchKernel(
+            sys::cuLaunchKernelEx(
+                &config,
                 self.functions[launch.kernel.0 as usize],
-                launch.grid.0,
-                launch.grid.1,
-                1,
-                launch.threads,
-                1,
-                1,
-                launch.shared,
-                self.stream,
                 arguments.as_mut_ptr(),
                 null_mut(),
             )

@@ -56,6 +56,8 @@ pub fn find(name: &str) -> Option<Id> {
 pub const SKINNY_ROWS: u32 = 64;
 /// Rows up to which our own products are used even where the vendor's library is found.
 pub const LIBRARY_ROWS: u32 = 32;
+/// Columns (of the output) from which the library is faster at any number of rows.
+pub const LIBRARY_COLUMNS: u32 = 16_384;
 /// Most parts of a down product's sum.
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Most blocks that share one row of logits.
@@ -341,5 +343,5 @@ fn decode_fixed_bytes(head_dim: u32, group: u32) -> u32 {
 }
 
 fn neuron_bytes(n: u32) -> u32 {
-    (n + 256 + 2 * 1024 + 2) * 4
+    (n + 256 + 2 * n.div_ceil(32) + 2) * 4
 }

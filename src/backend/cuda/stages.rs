@@ -2,7 +2,7 @@
 //! next adds them, with bias and activation.
 
 use super::device::{Device, start};
-use super::launch::{LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
 use super::tables::Groups;
@@ -24,7 +24,8 @@ impl<D: Device> Cuda<D> {
 
     /// Hands a product of many rows to the device's library, if it has one.
     fn by_library(&self, s: &CudaScratch<D>, params: &LinearParams, transposed: bool) -> Result<bool> {
-        if params.rows <= LIBRARY_ROWS || params.index != Ptr::NULL || matches!(s.mode, Mode::Replay(_)) {
+        let many = params.rows > LIBRARY_ROWS || params.n >= LIBRARY_COLUMNS || transposed;
+        if !many || params.index != Ptr::NULL || matches!(s.mode, Mode::Replay(_)) {
             return Ok(false);
         }
         self.device.product(params, transposed, s.shape.dtype)
