@@ -100,6 +100,7 @@ DEVICE void neurons(const NeuronParams& p) {
         for (uint32_t round = 0; round < rounds; round++) {
             const uint32_t j = round * threads + thread;
             const bool counted = j < p.n && (keys[j] & above_mask) == prefix;
+            if (!vote(counted)) continue;
             const uint32_t digit = keys[j < p.n ? j : 0] >> shift & 255;
             bool left = counted;
             for (int i = 0; i < 2; i++) {

@@ -272,9 +272,10 @@ impl Kernels {
         let i = skinny_variant(rows);
         let (nt, mt) = (1u32 << i, if i == 3 { 2 } else { 1 });
         let tiles = n.div_ceil(64 * mt);
-        let shared = 4 * 6 * 2 * mt * 512 + 3 * nt * 8 * (128 * 2 + 64);
+        let (depth, buffers) = if mt > 1 { (3, 2) } else { (4, 3) };
+        let shared = 4 * depth * mt * 2048 + buffers * nt * 8 * (128 * 2 + 64);
         let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, if i == 3 { 2 } else { 4 });
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(32), k.div_ceil(32) / 8);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 4);
         (Launch { kernel: self.skinny[i], grid: (tiles, splits), threads: 128, shared }, splits)
     }
 
@@ -305,7 +306,7 @@ impl Kernels {
         let tiles = n.div_ceil(256);
         let shared = 8 * depth * (4 * 512 + 2 * mt * 256);
         let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, 2);
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(32), k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
         (Launch { kernel: self.down[i], grid: (tiles, splits), threads: 256, shared }, splits)
     }
 }
@@ -322,7 +323,7 @@ fn skinny_variant(rows: u32) -> usize {
 }
 
 /// Steps of the loop that filling and draining a block's pipeline costs.
-const FILL_STEPS: f64 = 8.0;
+const FILL_STEPS: f64 = 4.0;
 
 /// Parts of a sum of `steps` steps so that `tiles` blocks times parts fill `slots` places evenly and
 /// no block is too short; at most `most`, at least 1.
@@ -332,7 +333,7 @@ fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
         .map(|s| {
             let waves = f64::from((tiles * s).div_ceil(slots));
             // Each part is also written once and read once by the kernel that adds them.
-            (s, waves * (f64::from(steps) / f64::from(s) + FILL_STEPS) + 0.3 * f64::from(s))
+            (s, waves * (f64::from(steps) / f64::from(s) + FILL_STEPS) + 0.15 * f64::from(s))
         })
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .map_or(1, |(s, _)| s)
