@@ -10,6 +10,8 @@
 
 #[path = "support/ceiling.rs"]
 mod ceiling;
+#[path = "support/host.rs"]
+mod host;
 #[path = "support/random.rs"]
 mod random;
 #[path = "support/rig.rs"]
@@ -29,6 +31,9 @@ use std::io::Write;
 /// Share of the neurons that the OPT case keeps at batch 1: what the paper's tables keep there.
 const MLP_SHARE: f64 = 0.1;
 const DENSITIES: [f32; 3] = [1.0, 0.625, 0.5];
+
+#[global_allocator]
+static ALLOCATOR: host::Counting = host::Counting;
 
 struct Bench {
     out: std::fs::File,
@@ -73,6 +78,7 @@ fn main() {
     let line =
         json!({"kind": "ceiling", "read_gbps": bench.ceiling, "threads": threads, "processor": processor()});
     bench.emit(line);
+    bench.emit(host::measure(64));
     for name in models.split(',') {
         model(&mut bench, name);
     }
