@@ -71,8 +71,8 @@ pub fn measure(batch: u32) -> Value {
     while sink.0 < 20 * u64::from(batch) {
         engine.step(FOREVER, &mut sink).expect("a step");
     }
-    let allocations = COUNT.load(Ordering::Relaxed);
     let mut times = Vec::with_capacity(STEPS as usize);
+    let allocations = COUNT.load(Ordering::Relaxed);
     let mut made = 0;
     for _ in 0..STEPS {
         let start = Instant::now();
