@@ -41,10 +41,39 @@ pub(crate) fn run(command: &mut Command) -> String {
     text
 }
 
-/// The folder where this build put `libpolar_sparsity.so` and `.a`: where the tests themselves are,
-/// one up from `deps`.
-pub(crate) fn library_folder() -> PathBuf {
+/// The shared library under its development and its run-time name, for programs to link.
+pub(crate) struct Library {
+    /// Where both names are.
+    pub(crate) folder: PathBuf,
+}
+
+impl Library {
+    /// Makes the names in `folder`.
+    pub(crate) fn link(folder: PathBuf) -> Library {
+        let built = built_library();
+        for name in ["libpolar_sparsity.so", "libpolar_sparsity.so.0"] {
+            std::os::unix::fs::symlink(&built, folder.join(name)).expect("the folder is empty");
+        }
+        Library { folder }
+    }
+
+    /// The file behind the names.
+    pub(crate) fn file(&self) -> PathBuf {
+        built_library()
+    }
+
+    /// What a linker needs.
+    pub(crate) fn link_flags(&self) -> Vec<std::ffi::OsString> {
+        let mut search = std::ffi::OsString::from("-L");
+        search.push(&self.folder);
+        vec![search, "-lpolar_sparsity".into()]
+    }
+}
+
+/// The shared library that cargo built with this test: it lies beside the test program.
+pub(crate) fn built_library() -> PathBuf {
     let test = env::current_exe().expect("a test has a path");
-    let folder = test.ancestors().nth(2).expect("target/<profile>/deps/<test>");
-    folder.to_owned()
+    let file = test.with_file_name("libpolar_sparsity.so");
+    assert!(file.is_file(), "{} is missing", file.display());
+    file
 }
