@@ -239,7 +239,9 @@ func (e *Engine) collect(timeout time.Duration, finish bool) ([]Event, []Logprob
 	}
 	defer e.driving.Unlock()
 	ns := C.uint64_t(math.MaxUint64)
-	if timeout != Forever {
+	if timeout <= 0 {
+		ns = 0
+	} else if timeout != Forever {
 		ns = C.uint64_t(timeout.Nanoseconds())
 	}
 	e.n, e.nTop, e.er.struct_size = 0, 0, C.sizeof_polar_error
