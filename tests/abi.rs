@@ -130,8 +130,8 @@ fn no_field_is_missing_from_the_table() {
     for line in header.lines() {
         if line == "typedef struct {" {
             fields.clear();
-        } else if let Some(name) = line.strip_prefix("} ") {
-            let name = name.trim_end_matches(';');
+        } else if let Some(name) = line.strip_prefix("} polar_") {
+            let name = format!("polar_{}", name.trim_end_matches(';'));
             let (_, known) = FIELDS.iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("{name}"));
             assert_eq!(fields, *known, "{name}");
         } else if line.starts_with("  ") && line.ends_with(';') && !line.contains("//") {
