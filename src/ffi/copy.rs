@@ -144,7 +144,8 @@ pub(super) fn write_error(err: *mut polar_error, e: &Error) {
 
 /// Copies `text` into a fixed field, cut at a character, always terminated.
 pub(super) fn put_text(field: &mut [c_char], text: &str) {
-    let len = text.floor_char_boundary(field.len() - 1);
+    let most = text.len().min(field.len() - 1);
+    let len = (0..=most).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
     for (to, from) in field.iter_mut().zip(text.as_bytes()[..len].iter().chain(std::iter::repeat(&0))) {
         *to = *from as c_char;
     }
