@@ -18,7 +18,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("model", &["dtype", "format", "sys", "tensor"]),
     ("sparsity", &["dtype", "format", "model", "sys", "tensor"]),
     ("kv", &[]),
-    ("sched", &[]),
+    // How many pages a context takes is arithmetic; the page pool itself it does not see.
+    ("sched", &["kv"]),
     ("sample", &[]),
     ("text", &["format", "sys"]),
     ("backend", &["dtype", "kv", "model", "sample", "sparsity", "sys", "tensor"]),

@@ -16,6 +16,8 @@ use std::path::Path;
 
 /// No struct of this ABI will grow beyond this: a larger size is an uninitialised field.
 const MAX_STRUCT: usize = 4096;
+/// Longest array, in bytes: a larger one is a mistake in its length, to be found before it is read.
+const MAX_ARRAY: usize = 1 << 40;
 /// Longest path.
 const MAX_PATH: usize = 4096;
 
@@ -157,7 +159,7 @@ pub(super) fn slice<'a, T: Copy>(first: *const T, len: usize, name: &str) -> Res
         return Ok(&[]);
     }
     array(first, len, name)?;
-    // SAFETY: not NULL, aligned, at most `isize::MAX` bytes; the caller says `len` elements are
+    // SAFETY: not NULL, aligned, at most `MAX_ARRAY` bytes; the caller says `len` elements are
     // there and that nobody writes them during the call.
     Ok(unsafe { std::slice::from_raw_parts(first, len) })
 }
@@ -190,7 +192,7 @@ pub(super) fn array<T>(first: *const T, len: usize, name: &str) -> Result<()> {
     }
     aligned(first, name)?;
     match len.checked_mul(size_of::<T>()) {
-        Some(bytes) if isize::try_from(bytes).is_ok() => Ok(()),
+        Some(bytes) if bytes <= MAX_ARRAY => Ok(()),
         _ => Err(Error::limit(format!("{name} has {len} elements, more than fit into memory"))),
     }
 }

@@ -150,11 +150,11 @@ static void refused(polar_engine *engine, polar_status wanted, polar_request bad
 static void request_values(polar_engine *engine) {
   polar_request good = plain_request(1), r;
   r = good, r.n_tokens = 0;
-  refused(engine, POLAR_E_INVALID, r, "n_tokens");
+  refused(engine, POLAR_E_INVALID, r, "prompt");
   r = good, r.first_token = 1;
-  refused(engine, POLAR_E_INVALID, r, "token");
+  refused(engine, POLAR_E_INVALID, r, "prompt");
   r = good, r.first_token = UINT32_MAX, r.n_tokens = 2; /* wraps */
-  refused(engine, POLAR_E_INVALID, r, "token");
+  refused(engine, POLAR_E_INVALID, r, "prompt");
   r = good, r.first_stop = UINT32_MAX, r.n_stop = UINT32_MAX;
   refused(engine, POLAR_E_INVALID, r, "stop");
   r = good, r.max_new_tokens = 0;

@@ -51,7 +51,9 @@ static void drive(void) {
   polar_event events[16];
   size_t n = 0;
   polar_status s;
+  int last; /* whether everything was submitted before the step */
   do {
+    last = atomic_load(&submitting) == 0;
     s = polar_engine_step(engine, FOREVER, events, 16, &n, NULL, 0, NULL, &err);
     if (s == POLAR_E_BUSY) continue; /* the intruder had its turn */
     CHECK(!POLAR_IS_ERROR(s));
@@ -61,7 +63,7 @@ static void drive(void) {
         CHECK(atomic_fetch_add(&finished[events[i].user_tag], 1) == 0);
       }
     }
-  } while (s != POLAR_IDLE || atomic_load(&submitting) > 0);
+  } while (s != POLAR_IDLE || !last);
 }
 
 int main(int argc, char **argv) {
