@@ -14,16 +14,16 @@
 
 enum { MAX_PROMPTS = 64, MAX_EVENTS = 64, RUNS = 3 };
 
+/* The small models were trained on manuals: of Rust, Python, databases and a web server. */
 static const char *const DEFAULT_PROMPTS[] = {
-    "The",
-    "A function that returns",
-    "When a table is created, the database server",
-    "If the file does not exist, an error is returned. Otherwise the",
-    "The compiler checks that every reference is valid. This means that",
-    "To start the server, edit the configuration file and",
-    "This module provides",
-    ("Ownership is a set of rules that govern how a program manages memory. All programs have to "
-     "manage the way they use a computer's memory while running. Some languages have"),
+    "The borrow checker rejects this program because",
+    "The function returns an iterator over the keys of the map. If the map is modified while",
+    "This module",
+    "A transaction is a group of one or more statements that",
+    "The server reads its configuration file when it starts. The directive",
+    "If the file does not exist, an exception is raised. Otherwise the file",
+    "To create an index on a table, use the CREATE INDEX command. The",
+    "A thread that holds the lock must release it before",
 };
 
 struct options {

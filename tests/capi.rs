@@ -21,16 +21,16 @@ fn golden() -> PathBuf {
     root().join("tests/data/golden")
 }
 
-fn execute(library: &Library, program: &Path) {
+fn execute(library: &Library, program: &Path, data: &Path) {
     let mut command = Command::new(program);
-    command.arg(golden()).env("LD_LIBRARY_PATH", &library.folder);
+    command.arg(data).env("LD_LIBRARY_PATH", &library.folder);
     command.env("POLAR_TEST_LIBRARY", library.file());
     run(&mut command);
 }
 
 fn test(name: &str) {
     let library = Library::link(scratch(name));
-    execute(&library, &build(&library, name, &[]));
+    execute(&library, &build(&library, name, &[]), &golden());
 }
 
 #[test]
@@ -66,6 +66,13 @@ fn log() {
 #[test]
 fn lifecycle() {
     test("lifecycle");
+}
+
+#[cfg(feature = "text")]
+#[test]
+fn tokenizer() {
+    let library = Library::link(scratch("tokenizer"));
+    execute(&library, &build(&library, "tokenizer", &[]), &root().join("fixtures/opt-tiny"));
 }
 
 /// Leaks show as a failing exit status of the sanitizer.

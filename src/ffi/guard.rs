@@ -29,15 +29,20 @@ pub(super) fn guard<'a>(
     if let Err(e) = copy::check_error_struct(err) {
         return e.status.0;
     }
+    PANIC_PLACE.set(None);
     let mut call = Call::default();
-    let e = match allowed().and_then(|()| caught(|| body(&mut call))) {
+    let mut e = match allowed().and_then(|()| caught(|| body(&mut call))) {
         Ok(status) => return status.0,
         Err(e) => e,
     };
-    if e.status == Status::E_PANIC
-        && let Some(engine) = call.engine
-    {
-        engine.kill();
+    if e.status == Status::E_PANIC {
+        // The engine catches panics of its own steps; their place is known only here.
+        if let Some(place) = PANIC_PLACE.take() {
+            e.message = format!("{} ({}:{}); please report it", e.message, place.file(), place.line).into();
+        }
+        if let Some(engine) = call.engine {
+            engine.kill();
+        }
     }
     if let Some(log) = call.log {
         log.write(level_of(e.status), format_args!("{e}"));
@@ -72,7 +77,30 @@ thread_local! {
     // None of these has a destructor, so a thread of the host may end at any time.
     static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
     static IN_GUARD: Cell<bool> = const { Cell::new(false) };
-    static PANIC_PLACE: Cell<Option<(&'static str, u32)>> = const { Cell::new(None) };
+    static PANIC_PLACE: Cell<Option<Place>> = const { Cell::new(None) };
+}
+
+/// Where a panic began: the end of the file's path, in fixed room, since a panic must not allocate.
+#[derive(Clone, Copy)]
+struct Place {
+    file: [u8; 64],
+    len: usize,
+    line: u32,
+}
+
+impl Place {
+    fn new(path: &str, line: u32) -> Place {
+        let mut place = Place { file: [0; 64], len: 0, line };
+        let start = (0..=path.len()).find(|&i| path.len() - i <= 64 && path.is_char_boundary(i));
+        let tail = &path.as_bytes()[start.unwrap_or(path.len())..];
+        place.file[..tail.len()].copy_from_slice(tail);
+        place.len = tail.len();
+        place
+    }
+
+    fn file(&self) -> &str {
+        std::str::from_utf8(&self.file[..self.len]).unwrap_or("?")
+    }
 }
 
 fn allowed() -> Result<()> {
@@ -96,11 +124,10 @@ fn caught(body: impl FnOnce() -> Result<Status>) -> Result<Status> {
             .downcast_ref::<&str>()
             .map(|s| (*s).to_owned())
             .or_else(|| payload.downcast_ref::<String>().cloned())
-            .unwrap_or_default();
+            .unwrap_or_else(|| "panic".to_owned());
         // Dropping it runs code of whoever panicked, which may panic again.
         std::mem::forget(payload);
-        let (file, line) = PANIC_PLACE.take().unwrap_or(("?", 0));
-        Err(Error::new(Status::E_PANIC, format!("{text} ({file}:{line}); please report it")))
+        Err(Error::new(Status::E_PANIC, text))
     })
 }
 
@@ -115,8 +142,7 @@ fn install_hook() {
             if !ours {
                 return previous(info);
             }
-            // The location's file name is static, though its type does not say so.
-            PANIC_PLACE.set(info.location().map(|l| (file_of(l.file()), l.line())));
+            PANIC_PLACE.set(info.location().map(|l| Place::new(l.file(), l.line())));
         }));
     });
 }
@@ -124,11 +150,6 @@ fn install_hook() {
 /// Threads that the library itself starts.
 fn is_worker(name: &str) -> bool {
     name.starts_with("polar-")
-}
-
-fn file_of(path: &str) -> &'static str {
-    // Leaks a few bytes per caught panic: once per dead engine.
-    Box::leak(path.to_owned().into_boxed_str())
 }
 
 /// Refusals of normal work are no errors to whoever reads the log.
@@ -149,6 +170,13 @@ mod tests {
         assert_eq!(guard(&mut err, |_| panic!("seventeen")), Status::E_PANIC.0);
         let text = copy::tests::text(&err.message);
         assert!(text.contains("seventeen") && text.contains("guard.rs:"), "{text}");
+    }
+
+    #[test]
+    fn long_paths_keep_their_end() {
+        assert_eq!(Place::new("src/ffi/guard.rs", 1).file(), "src/ffi/guard.rs");
+        let long = format!("{}/ü.rs", "ü".repeat(40));
+        assert!(Place::new(&long, 1).file().ends_with("ü/ü.rs"));
     }
 
     #[test]
