@@ -1,6 +1,8 @@
 //! Drives the CPU backend step by step, without an engine: sequences, pages, plans.
 #![allow(dead_code, reason = "each test uses a part")]
 
+pub mod synthetic;
+
 use polar_sparsity::backend::cpu::{Cpu, CpuKv, CpuRouters, CpuScratch, CpuWeights, Isa};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{

@@ -163,13 +163,26 @@ impl<L: Load> Kernel for Dots<'_, L> {
         unsafe {
             let n = self.outs.len();
             let mut o = 0;
-            if self.rows.len() == 1 {
-                if S::WIDE {
+            match self.rows.len() {
+                1 if S::WIDE => {
                     while o + 8 <= n {
                         self.tile::<S, 1, 8>(0, o);
                         o += 8;
                     }
                 }
+                7 if S::WIDE => {
+                    while o + 2 <= n {
+                        self.tile::<S, 7, 2>(0, o);
+                        o += 2;
+                    }
+                }
+                8 if S::WIDE => {
+                    while o + 2 <= n {
+                        self.tile::<S, 8, 2>(0, o);
+                        o += 2;
+                    }
+                }
+                _ => {}
             }
             while o + 4 <= n {
                 self.row_tiles::<S, 4>(o);
@@ -217,9 +230,17 @@ impl<L: Load> Dots<'_, L> {
             let w: [*const L::W; NR] =
                 std::array::from_fn(|j| self.w.add(self.outs.at(o + j) * self.stride_w));
             let mut acc = [[S::zero(); NR]; MR];
+            // The first rows to use these weights ask for those of the next tile: rows are too
+            // short for the hardware to catch up with each anew.
+            let ahead = NR * self.stride_w;
             let mut k = 0;
             while k < self.k {
                 let wv: [Operand<S>; NR] = std::array::from_fn(|j| L::w::<S>(w[j].add(k)));
+                if r == 0 {
+                    for w in &w {
+                        S::prefetch(w.wrapping_add(k + ahead).cast());
+                    }
+                }
                 for i in 0..MR {
                     let xv = L::x::<S>(x[i].add(k));
                     for j in 0..NR {
@@ -228,9 +249,14 @@ impl<L: Load> Dots<'_, L> {
                 }
                 k += L::STEP;
             }
-            for i in 0..MR {
-                for j in 0..NR {
-                    *self.out.add((r + i) * self.stride_out + o + j) = S::sum(acc[i][j]);
+            for (i, acc) in acc.iter().enumerate() {
+                let out = self.out.add((r + i) * self.stride_out + o);
+                let (fours, rest) = acc.as_chunks::<4>();
+                for (j, four) in fours.iter().enumerate() {
+                    out.add(4 * j).cast::<[f32; 4]>().write_unaligned(S::sum4(*four));
+                }
+                for (j, one) in rest.iter().enumerate() {
+                    *out.add(4 * fours.len() + j) = S::sum(*one);
                 }
             }
         }

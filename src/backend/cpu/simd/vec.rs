@@ -46,6 +46,12 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn pow2(v: Self::V) -> Self::V;
     /// `((0+8)+(4+12)) + ...`: halves folded onto each other until one lane is left.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Four sums, each with the bits that [`Simd::sum`] gives.
+    #[inline(always)]
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: the caller's promise.
+        v.map(|v| unsafe { Self::sum(v) })
+    }
     /// Largest lane.
     unsafe fn hmax(v: Self::V) -> f32;
 
