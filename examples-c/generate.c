@@ -225,10 +225,10 @@ static void free_answers(struct answer *answers, uint32_t n) {
 
 /* ---- printing -------------------------------------------------------------------------------- */
 
-/* On one line, so that answers stay apart. */
+/* On one line, so that answers stay apart; without what would move the terminal's cursor. */
 static void print_text(const char *text) {
   putchar('"');
-  for (; *text != '\0'; text++) putchar(*text == '\n' || *text == '\r' || *text == '\t' ? ' ' : *text);
+  for (; *text != '\0'; text++) putchar((unsigned char)*text < ' ' || *text == 0x7f ? ' ' : *text);
   putchar('"');
 }
 

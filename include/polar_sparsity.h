@@ -794,7 +794,7 @@ polar_status polar_tokenizer_encode(const polar_tokenizer *tokenizer,
 // Turns tokens into terminated UTF-8 text, without special tokens unless `flags` has
 // `POLAR_DECODE_KEEP_SPECIAL`. `*len` is the length without terminator; if `cap` is not larger,
 // `POLAR_TRUNCATED` and no text is written: `cap` 0 asks for the size. Tokens that end inside a
-// character leave a replacement character (U+FFFD) there.
+// character leave a replacement character (U+FFFD) there; a token outside the vocabulary gives no text.
 //
 // Threads: any, at any time. Errors: `POLAR_E_INVALID` (also a negative token), `POLAR_E_NOMEM`,
 // `POLAR_E_UNSUPPORTED`.
