@@ -1,5 +1,6 @@
 //! Random models and routers in memory, the same for the same seed.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test stops at errors")]
 
 use polar_sparsity::dtype::{DType, bf16, f16};
 use polar_sparsity::error::{Error, Result};

@@ -284,3 +284,6 @@ impl Backend for Cpu {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
