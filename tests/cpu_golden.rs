@@ -107,7 +107,6 @@ fn dense_logits_of_every_family() {
             assert!(far <= g.tolerance(), "{report}");
         }
     }
-    eprintln!("{report}");
 }
 
 #[test]
