@@ -256,7 +256,8 @@ fn pages_outside_the_window_are_not_read() {
         rig.run(&[(id, 100, false)]);
         if poison {
             // Position 100 sees tokens 81 to 100: pages 5 and 6.
-            for page in rig.seqs[id].pages[..5].to_vec() {
+            let old: [u32; 5] = rig.seqs[id].pages[..5].try_into().unwrap();
+            for page in old {
                 (0..8).for_each(|i| poison_page(&mut rig.kv, i / 4, page, i % 4));
             }
         }
