@@ -25,3 +25,7 @@ pub mod tensor;
 pub mod text;
 
 pub use error::{Error, Result, Status};
+
+// Test helpers shared with `tests/` name the crate as its users do.
+#[cfg(test)]
+extern crate self as polar_sparsity;

@@ -1,5 +1,6 @@
 //! Drives the CPU backend step by step, without an engine: sequences, pages, plans.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test stops at errors")]
 
 pub mod synthetic;
 
@@ -152,6 +153,10 @@ impl Rig {
     }
 
     pub fn go(&mut self) {
+        self.try_go().unwrap();
+    }
+
+    pub fn try_go(&mut self) -> polar_sparsity::Result<()> {
         let mut run = Run {
             backend: &self.cpu,
             weights: &self.weights,
@@ -159,6 +164,6 @@ impl Rig {
             kv: &mut self.kv,
             scratch: &mut self.scratch,
         };
-        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report).unwrap();
+        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report)
     }
 }

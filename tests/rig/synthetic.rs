@@ -1,5 +1,6 @@
 //! Random models and routers in memory, the same for the same seed.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test stops at errors")]
 
 use polar_sparsity::dtype::{DType, bf16, f16};
 use polar_sparsity::error::{Error, Result};
@@ -161,7 +162,7 @@ impl Weights for Synthetic {
         assert_eq!(dst.len(), count * row);
         let name = fnv(format!("{role:?}").as_bytes());
         for (i, out) in dst.chunks_exact_mut(row).enumerate() {
-            let seed = name ^ self.seed << 40 ^ (first + i) as u64 * 977;
+            let seed = name ^ (self.seed << 40) ^ ((first + i) as u64 * 977);
             match (self.poison)(role, first + i) {
                 Some(v) => {
                     out.chunks_exact_mut(self.spec.dtype.size()).for_each(|e| put(self.spec.dtype, v, e))

@@ -26,7 +26,10 @@ pub(crate) fn dots(
     if n_rows == 0 || n_outs == 0 {
         return;
     }
-    assert!(k % PAD == 0 && k <= stride_x && k <= stride_w, "{k} elements of {stride_x} and {stride_w}");
+    assert!(
+        k.is_multiple_of(PAD) && k <= stride_x && k <= stride_w,
+        "{k} elements of {stride_x} and {stride_w}"
+    );
     assert!(rows.end() * stride_x <= x.len(), "activation row {} of {}", rows.end(), x.len() / stride_x);
     assert!(outs.end() * stride_w <= w.len(), "weight row {} of {}", outs.end(), w.len() / stride_w);
     assert!(n_outs <= stride_out && (n_rows - 1) * stride_out + n_outs <= out.len(), "result too small");
