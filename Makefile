@@ -3,6 +3,7 @@
 #               ARGS="--model DIR --routers FILE --prompt TEXT" for your own
 # make test     everything CI runs
 # make install  PREFIX=/usr/local LIBDIR=$(PREFIX)/lib DESTDIR=
+# make lint     formatting and clippy
 # make bench    speed of this machine
 # make header   write include/polar_sparsity.h and the ABI lists anew
 # make clean
@@ -22,7 +23,7 @@ TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 EXAMPLES := $(TARGET)/examples-c
 
-.PHONY: build demo examples test test-rust test-go install bench header clean
+.PHONY: build demo examples test test-rust test-go lint install bench header clean
 
 build:
 	$(CARGO) build --release --locked
@@ -55,6 +56,10 @@ test-go:
 	else \
 	  echo "Go tests skipped: no go on the PATH"; \
 	fi
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 install: $(RELEASE)/libpolar_sparsity.so
 	PREFIX="$(PREFIX)" LIBDIR="$(LIBDIR)" DESTDIR="$(DESTDIR)" tools/install.sh $(RELEASE)

@@ -1,18 +1,18 @@
 /* generate.c - text for a batch of prompts, dense and with Polar Sparsity.
  *
  *   generate [--model DIR] [--routers FILE] [--prompt TEXT]... [--density R] [--max-new N]
- *            [--device auto|cpu|cuda]
+ *            [--context N] [--device auto|cpu|cuda]
  *
- * Without --model it runs the two small trained models in fixtures/. The whole way through the
- * library is in `generate`: context, model, routers, engine, submit, step, events. The rest is
- * arguments and printing.
+ * Without --model it runs the two small trained models in fixtures/. The way through the library is
+ * in `open_session` (context, model, routers, engine) and `generate` (submit, step, events); the
+ * rest is prompts, comparing and printing.
  */
 #include <polar_sparsity.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_PROMPTS = 64, MAX_EVENTS = 64, RUNS = 3 };
+enum { MAX_PROMPTS = 64, MAX_EVENTS = 64, RUNS = 3, COMPARED = 32 };
 
 /* The small models were trained on manuals: of Rust, Python, databases and a web server. */
 static const char *const DEFAULT_PROMPTS[] = {
@@ -29,7 +29,7 @@ static const char *const DEFAULT_PROMPTS[] = {
 struct options {
   const char *model, *routers;
   const char *prompts[MAX_PROMPTS];
-  uint32_t n_prompts, max_new;
+  uint32_t n_prompts, max_new, context;
   float density;
   polar_backend backend;
 };
@@ -45,7 +45,6 @@ struct session {
 
 /* The prompts as tokens, one behind the other. */
 struct prompts {
-  const char *const *texts;
   uint32_t n;
   int32_t *tokens;
   uint32_t first[MAX_PROMPTS + 1]; /* prompt i is tokens first[i] .. first[i + 1] */
@@ -178,7 +177,6 @@ static struct prompts encode(const struct session *s, const char *const *texts, 
   struct prompts p;
   size_t room = 0, used = 0;
   for (uint32_t i = 0; i < n; i++) room += strlen(texts[i]) + 8; /* no more tokens than bytes */
-  p.texts = texts;
   p.n = n;
   p.tokens = allocate(room, sizeof *p.tokens);
   p.first[0] = 0;
@@ -195,6 +193,22 @@ static struct prompts encode(const struct session *s, const char *const *texts, 
     p.first[i + 1] = (uint32_t)used;
   }
   return p;
+}
+
+/* COMPARED prompts of `length` tokens each, from going round and round through `p`: decoding with much
+ * to attend to is what sparsity is for. */
+static struct prompts lengthen(const struct prompts *p, uint32_t length) {
+  struct prompts out;
+  uint32_t total = p->first[p->n];
+  out.n = COMPARED;
+  out.tokens = allocate((size_t)COMPARED * length, sizeof *out.tokens);
+  for (uint32_t i = 0; i < out.n; i++) {
+    uint32_t start = p->first[i % p->n] + i / p->n;
+    out.first[i] = i * length;
+    for (uint32_t t = 0; t < length; t++) out.tokens[out.first[i] + t] = p->tokens[(start + t) % total];
+  }
+  out.first[out.n] = out.n * length;
+  return out;
 }
 
 static polar_request request_for(const struct prompts *p, uint32_t i, uint32_t max_new) {
@@ -279,27 +293,20 @@ static void show_batch(const struct session *s, const struct options *o, const s
     }
   }
   generate(s, prompts, requests, answers, prompts->n > 1 ? last : UINT32_MAX);
-  for (uint32_t i = 0; i < prompts->n; i++) print_answer(s, prompts->texts[i], &answers[i]);
+  for (uint32_t i = 0; i < prompts->n; i++) print_answer(s, o->prompts[i], &answers[i]);
   printf("\n");
   free_answers(answers, prompts->n);
 }
 
-/* The same requests, all dense or all sparse; the fastest of a few runs. */
-static struct cost measure(const struct session *s, const struct options *o, const struct prompts *prompts,
-                           int dense, struct answer *answers) {
-  polar_request requests[MAX_PROMPTS];
-  struct cost best = {0, 0, 0};
+/* The same requests, all dense or all sparse. */
+static void prepare(const struct options *o, const struct prompts *prompts, int dense,
+                    polar_request *requests) {
   for (uint32_t i = 0; i < prompts->n; i++) {
     requests[i] = request_for(prompts, i, o->max_new);
     requests[i].flags = POLAR_REQUEST_IGNORE_EOS; /* equal lengths, to compare */
     requests[i].attn_density = o->density;
     if (dense) make_dense(&requests[i]);
   }
-  for (int run = 0; run < RUNS; run++) {
-    struct cost cost = generate(s, prompts, requests, answers, UINT32_MAX);
-    if (run == 0 || cost.seconds < best.seconds) best = cost;
-  }
-  return best;
 }
 
 static void print_cost(const char *name, const struct cost *cost, const struct answer *answers, uint32_t n) {
@@ -308,7 +315,7 @@ static void print_cost(const char *name, const struct cost *cost, const struct a
     heads += (double)answers[i].attn_density / n;
     neurons += (double)answers[i].mlp_density / n;
   }
-  printf("  %-6s %10.0f %14.2f %8.0f %% %8.0f %%\n", name, cost->seconds > 0 ? cost->tokens / cost->seconds : 0,
+  printf("  %-6s %10.0f %14.1f %8.0f %% %8.0f %%\n", name, cost->seconds > 0 ? cost->tokens / cost->seconds : 0,
          cost->kv_bytes / (1 << 20), 100 * heads, 100 * neurons);
 }
 
@@ -327,21 +334,65 @@ static void print_agreement(const struct answer *a, const struct answer *b, uint
     }
   }
   if (tokens == 0) return;
-  printf("\n  The same token in %.0f %% of all places; in %.0f %% before the two first differ.\n\n",
+  printf("  Each writing on alone: the same token in %.0f %% of all places, in %.0f %% before they first differ.\n",
          100 * equal / tokens, 100 * before / tokens);
 }
 
+/* How often Polar chooses the token that dense chose after the same text. Here the host samples:
+ * it looks at the logits, and answers with the dense token whatever they say. */
+static void print_next_token_agreement(const struct session *s, const struct options *o,
+                                       const struct prompts *prompts, const struct answer *dense) {
+  polar_error err = POLAR_ERROR_INIT;
+  polar_request requests[MAX_PROMPTS];
+  polar_seq ids[MAX_PROMPTS];
+  polar_event events[MAX_EVENTS];
+  uint32_t at[MAX_PROMPTS] = {0}, finished = 0;
+  double asked = 0, same = 0;
+  size_t vocab_size = 0, n_events;
+
+  prepare(o, prompts, 0, requests);
+  for (uint32_t i = 0; i < prompts->n; i++) requests[i].flags |= POLAR_REQUEST_HOST_SAMPLES;
+  check(polar_engine_submit(s->engine, requests, prompts->n, prompts->tokens, prompts->first[prompts->n],
+                            ids, &err), &err);
+  check(polar_engine_logits(s->engine, ids[0], NULL, 0, &vocab_size, &err), &err);
+  float *logits = allocate(vocab_size, sizeof *logits);
+  while (finished < prompts->n) {
+    check(polar_engine_step(s->engine, UINT64_MAX, events, MAX_EVENTS, &n_events, NULL, 0, NULL, &err), &err);
+    for (size_t i = 0; i < n_events; i++) {
+      const polar_event *event = &events[i];
+      finished += (event->flags & POLAR_EVENT_FINISHED) != 0;
+      if (!(event->flags & POLAR_EVENT_LOGITS)) continue;
+      uint32_t place = at[event->user_tag]++;
+      int32_t wanted = dense[event->user_tag].tokens[place];
+      size_t n, best = 0;
+      check(polar_engine_logits(s->engine, event->seq, logits, vocab_size, &n, &err), &err);
+      for (size_t t = 1; t < n; t++) best = logits[t] > logits[best] ? t : best;
+      if (place > 0) asked++, same += (int32_t)best == wanted; /* the first comes from the prompt: dense */
+      check(polar_engine_push_token(s->engine, event->seq, wanted, &err), &err);
+    }
+  }
+  free(logits);
+  if (asked > 0) printf("  After the same text: the same next token in %.0f %% of places.\n\n", 100 * same / asked);
+}
+
 static void compare(const struct session *s, const struct options *o, const struct prompts *prompts) {
-  struct answer *dense = new_answers(prompts->n, o->max_new);
-  struct answer *polar = new_answers(prompts->n, o->max_new);
-  struct cost dense_cost = measure(s, o, prompts, 1, dense);
-  struct cost polar_cost = measure(s, o, prompts, 0, polar);
+  struct answer *answers[2];
+  struct cost cost[2];
+  polar_request requests[MAX_PROMPTS];
+  printf("  %u requests, %u new tokens each\n", (unsigned)prompts->n, (unsigned)o->max_new);
   printf("  %-6s %10s %14s %10s %10s\n", "decode", "tokens/s", "KV read, MiB", "heads", "neurons");
-  print_cost("dense", &dense_cost, dense, prompts->n);
-  print_cost("polar", &polar_cost, polar, prompts->n);
-  print_agreement(dense, polar, prompts->n);
-  free_answers(dense, prompts->n);
-  free_answers(polar, prompts->n);
+  for (int polar = 0; polar < 2; polar++) {
+    answers[polar] = new_answers(prompts->n, o->max_new);
+    prepare(o, prompts, !polar, requests);
+    for (int run = 0; run < RUNS; run++) { /* the fastest counts */
+      struct cost c = generate(s, prompts, requests, answers[polar], UINT32_MAX);
+      if (run == 0 || c.seconds < cost[polar].seconds) cost[polar] = c;
+    }
+    print_cost(polar ? "polar" : "dense", &cost[polar], answers[polar], prompts->n);
+  }
+  print_agreement(answers[0], answers[1], prompts->n);
+  print_next_token_agreement(s, o, prompts, answers[0]);
+  for (int polar = 0; polar < 2; polar++) free_answers(answers[polar], prompts->n);
 }
 
 static void demo(const struct options *o) {
@@ -349,7 +400,12 @@ static void demo(const struct options *o) {
   struct prompts prompts = encode(&session, o->prompts, o->n_prompts);
   print_model(&session, o->model);
   show_batch(&session, o, &prompts);
-  if (session.routers != NULL) compare(&session, o, &prompts);
+  if (session.routers != NULL && o->context == 0) compare(&session, o, &prompts);
+  if (session.routers != NULL && o->context > 0) {
+    struct prompts longer = lengthen(&prompts, o->context);
+    compare(&session, o, &longer);
+    free(longer.tokens);
+  }
   free(prompts.tokens);
   close_session(&session);
 }
@@ -359,12 +415,13 @@ static void demo(const struct options *o) {
 static void usage(void) {
   fprintf(stderr,
           "usage: generate [--model DIR] [--routers FILE] [--prompt TEXT]... [--density R]\n"
-          "                [--max-new N] [--device auto|cpu|cuda]\n\n"
+          "                [--max-new N] [--context N] [--device auto|cpu|cuda]\n\n"
           "  --model DIR     Hugging Face folder with tokenizer.json; without it: fixtures/\n"
           "  --routers FILE  its routers; without them everything is dense\n"
           "  --prompt TEXT   may be given %d times\n"
-          "  --density R     share of attention heads, 0 = as the router file says; default 0.5\n"
-          "  --max-new N     tokens per prompt; default 48\n",
+          "  --density R     share of attention heads, 0 = as the router file says; default 0.625\n"
+          "  --max-new N     tokens per prompt; default 48\n"
+          "  --context N     compare on prompts of N tokens, made of the given ones; 0 = as they are\n",
           (int)MAX_PROMPTS);
   exit(2);
 }
@@ -381,7 +438,8 @@ static struct options parse(int argc, char **argv) {
   struct options o;
   memset(&o, 0, sizeof o);
   o.max_new = 48;
-  o.density = 0.5f;
+  o.density = 0.625f;
+  o.context = UINT32_MAX;
   for (int i = 1; i + 1 < argc; i += 2) {
     const char *name = argv[i], *value = argv[i + 1];
     if (strcmp(name, "--model") == 0) {
@@ -394,6 +452,8 @@ static struct options parse(int argc, char **argv) {
       o.density = (float)atof(value);
     } else if (strcmp(name, "--max-new") == 0 && atoi(value) > 0) {
       o.max_new = (uint32_t)atoi(value);
+    } else if (strcmp(name, "--context") == 0 && atoi(value) >= 0) {
+      o.context = (uint32_t)atoi(value);
     } else if (strcmp(name, "--device") == 0) {
       o.backend = backend_named(value);
     } else {
@@ -411,9 +471,11 @@ static struct options parse(int argc, char **argv) {
 int main(int argc, char **argv) {
   struct options o = parse(argc, argv);
   if (o.model != NULL) {
+    if (o.context == UINT32_MAX) o.context = 0;
     demo(&o);
     return 0;
   }
+  if (o.context == UINT32_MAX) o.context = 256;
   o.model = "fixtures/opt-tiny";
   o.routers = "fixtures/opt-tiny/routers.safetensors";
   demo(&o);

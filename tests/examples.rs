@@ -56,9 +56,10 @@ mod with_text {
     fn generate() {
         let library = Library::link(scratch("generate"));
         let program = build(&library, "generate.c");
-        let text = run(start(&library, &program).args(["--max-new", "8"]));
+        let text = run(start(&library, &program).args(["--max-new", "8", "--context", "24"]));
         assert_eq!(text.matches("cancelled after 4 tokens").count(), 2, "{text}");
-        assert_eq!(text.matches("  dense ").count(), 2, "{text}");
+        assert_eq!(text.matches("  polar ").count(), 2, "{text}");
+        assert_eq!(text.matches("After the same text: ").count(), 2, "{text}");
         let one = run(start(&library, &program).args(["--model", "fixtures/opt-tiny", "--prompt", "The"]));
         assert!(one.contains("computed 100 % of heads"), "{one}");
         let wrong = start(&library, &program).args(["--model", "/nowhere"]).output().expect("runs");

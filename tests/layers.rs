@@ -89,8 +89,9 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
 fn read(src: &Path, file: &Path) -> Source {
     let text = fs::read_to_string(file).expect("UTF-8");
     let mut code = Vec::new();
+    let is_test = file.ends_with("tests.rs");
     for (number, line) in text.lines().enumerate() {
-        if line == "#[cfg(test)]" {
+        if is_test || line == "#[cfg(test)]" {
             break; // the tests of a file come last
         }
         let line = line.split("//").next().unwrap_or("");
