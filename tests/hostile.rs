@@ -1,6 +1,8 @@
 //! Files made to hurt. Whatever their bytes say, opening them is an error with one line of text:
 //! never a panic, an abort, a hang, or memory of the size a file merely claims.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod files;
 
 use files::*;
@@ -120,6 +122,7 @@ fn crafted_headers() {
         (&format!("{{\"a\\nb\":{entry}}}"), 4, Status::E_FORMAT, "control characters"),
         (&format!("{{\"\":{entry}}}"), 4, Status::E_FORMAT, "is empty"),
         (&f32_of("[1,1,1,1,1]", 4), 4, Status::E_LIMIT, "rank 5 stored, at most 4"),
+        (&f32_of(&format!("[{}1]", "1,".repeat(1_000_000)), 4), 4, Status::E_LIMIT, "more than 64 items"),
         (&f32_of("[2147483649]", 4), 4, Status::E_LIMIT, "dimension 2147483649"),
         (&f32_of("[2147483648,2147483648,2147483648]", 4), 4, Status::E_FORMAT, "overflows"),
         (&f32_of("[2147483648,2147483648]", 4), 4, Status::E_FORMAT, "overflows"),

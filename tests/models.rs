@@ -21,7 +21,7 @@ fn family(name: &str, more: &str, parts: Parts) -> polar_sparsity::Result<polar_
 const HEAD: Parts = Parts { qkv_bias: false, o_bias: false, mlp_bias: false, qk_norm: false, head: true };
 
 fn message(result: polar_sparsity::Result<polar_sparsity::model::Checkpoint>, status: Status) -> String {
-    let e = result.err().expect("an error");
+    let e = result.expect_err("an error");
     assert_eq!(e.status, status, "{e}");
     assert!(!e.message.contains('\n'), "{e}");
     e.message.into_owned()

@@ -77,7 +77,7 @@ impl<B: Backend> Core<B> {
             running: try_with_capacity(limits.max_batch, "running list")?,
             waiting: try_with_capacity(slots, "waiting list")?,
             running_views: try_with_capacity(limits.max_batch, "running list")?,
-            waiting_views: try_with_capacity(slots, "waiting list")?,
+            waiting_views: try_with_capacity(limits.max_batch, "waiting list")?,
             cancelled: try_with_capacity(slots, "cancel list")?,
             decision: Decision::with_room(limits.max_batch)?,
             demands: try_with_capacity(limits.max_batch, "plan")?,
@@ -106,7 +106,9 @@ impl<B: Backend> Core<B> {
             self.running_views.clear();
             self.running_views.extend(self.running.iter().filter_map(|&s| view(&self.seqs, s)));
             self.waiting_views.clear();
-            self.waiting_views.extend(self.waiting.iter().filter_map(|&s| view(&self.seqs, s)));
+            // No more than a batch is admitted at once, so a long queue costs nothing here.
+            let ready = self.waiting.iter().filter_map(|&s| view(&self.seqs, s)).filter(|v| v.ready);
+            self.waiting_views.extend(ready.take(self.limits.max_batch));
             let bounds = Bounds {
                 max_batch: self.limits.max_batch,
                 step_tokens: self.limits.max_rows,
@@ -387,7 +389,7 @@ impl<B: Backend> Core<B> {
     }
 
     /// Invariants between steps: pages add up, lists hold each sequence once.
-    pub(crate) fn check(&self) -> std::result::Result<(), String> {
+    pub(crate) fn check(&mut self) -> std::result::Result<(), String> {
         self.pool.check(self.seqs.iter().flatten().flat_map(|s| s.table.pages()))?;
         let live = self.seqs.iter().filter(|s| s.is_some()).count();
         if live != self.running.len() + self.waiting.len() {

@@ -71,7 +71,7 @@ impl Context {
             return Err(no_cuda());
         }
         Ok(Context {
-            cpu: Arc::new(Cpu::new(options.threads)?),
+            cpu: Arc::new(Cpu::new(options.threads as usize)?),
             limits: options.limits.clone(),
             choice: options.backend,
         })
@@ -83,7 +83,7 @@ impl Context {
             backend: BackendChoice::Cpu,
             ordinal: 0,
             compute_capability: 0,
-            memory_total: self.cpu.total_memory()?,
+            memory_total: crate::sys::alloc::total().unwrap_or(0),
             memory_free: self.cpu.free_memory()?,
             usable: true,
             name: self.cpu.caps().name,

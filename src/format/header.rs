@@ -3,7 +3,7 @@
 //! duplicate keys, metadata size. Invariant: every tensor of a [`Header`] lies inside the file, in
 //! its own bytes, as many as shape and dtype need. Not for tensor data.
 
-use super::json::{check_depth, drive, malformed, one_line};
+use super::json::{check_nesting, drive, malformed, one_line};
 use super::limits::Limits;
 use crate::dtype::DType;
 use crate::error::{Error, Result, try_vec};
@@ -15,6 +15,9 @@ use std::fmt;
 
 /// Bytes of the length field before the header.
 const LENGTH_BYTES: u64 = 8;
+
+/// Longest array worth parsing: one of [`MAX_RANK`] dimensions is wanted, a longer one named.
+const MAX_ITEMS: usize = 64;
 
 /// A checked header.
 #[derive(Debug)]
@@ -83,7 +86,7 @@ impl Header {
         if text.first() != Some(&b'{') {
             return Err(Error::format(format!("{label}: the header is not a JSON object")));
         }
-        check_depth(label, text, limits.max_json_depth)?;
+        check_nesting(label, text, limits.max_json_depth, MAX_ITEMS)?;
         let mut found = Found::new(label, limits);
         if let Err(e) = drive(text, &mut found) {
             return Err(found.refused.take().unwrap_or_else(|| match &found.current {

@@ -1,7 +1,7 @@
 //! The shard index, `model.safetensors.index.json`: which tensor is in which file. Invariant: a
 //! file name of an [`Index`] is one plain name, so that joined to the index's folder it stays there.
 
-use super::json::{check_depth, drive, malformed, one_line};
+use super::json::{check_nesting, drive, malformed, one_line};
 use super::limits::Limits;
 use crate::error::{Error, Result};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -30,7 +30,7 @@ impl Index {
 
 /// Parses an index; `label` names it in messages.
 pub fn parse(label: &str, bytes: &[u8], limits: &Limits) -> Result<Index> {
-    check_depth(label, bytes, limits.max_json_depth)?;
+    check_nesting(label, bytes, limits.max_json_depth, usize::MAX)?;
     let mut reader = Reader { label, limits, index: Index::default(), seen: false, refused: None };
     if let Err(e) = drive(bytes, &mut reader) {
         return Err(reader.refused.take().unwrap_or_else(|| malformed(label, &e)));

@@ -86,7 +86,7 @@ pub fn one_line(text: &str) -> String {
 
 /// Parses an object; `label` names it in messages.
 pub fn parse(label: &str, bytes: &[u8], max_depth: usize) -> Result<Object> {
-    check_depth(label, bytes, max_depth)?;
+    check_nesting(label, bytes, max_depth, usize::MAX)?;
     match drive(bytes, AnyValue) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(Error::format(format!("{label}: {other} stored, an object needed"))),
@@ -94,10 +94,11 @@ pub fn parse(label: &str, bytes: &[u8], max_depth: usize) -> Result<Object> {
     }
 }
 
-/// Refuses text with more than `max` brackets open at once, without recursion and before a
-/// recursive parser sees it.
-pub(super) fn check_depth(label: &str, bytes: &[u8], max: usize) -> Result<()> {
-    let (mut depth, mut in_string, mut escaped) = (0usize, false, false);
+/// Refuses text with more than `max_depth` brackets open at once, or more than `max_items` items in a
+/// row in an array; without recursion and before a parser that recurses and allocates sees it.
+pub(super) fn check_nesting(label: &str, bytes: &[u8], max_depth: usize, max_items: usize) -> Result<()> {
+    let (mut depth, mut items) = (0usize, 0usize);
+    let (mut in_array, mut in_string, mut escaped) = (false, false, false);
     for &b in bytes {
         if in_string {
             (in_string, escaped) = match b {
@@ -110,12 +111,16 @@ pub(super) fn check_depth(label: &str, bytes: &[u8], max: usize) -> Result<()> {
         }
         match b {
             b'"' => in_string = true,
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'[' | b'{' => (depth, in_array, items) = (depth.saturating_add(1), b == b'[', 1),
+            b']' | b'}' => (depth, in_array) = (depth.saturating_sub(1), false),
+            b',' if in_array => items = items.saturating_add(1),
             _ => {}
         }
-        if depth > max {
-            return Err(Error::limit(format!("{label}: nested deeper than {max} levels")));
+        if depth > max_depth {
+            return Err(Error::limit(format!("{label}: nested deeper than {max_depth} levels")));
+        }
+        if items > max_items {
+            return Err(Error::limit(format!("{label}: an array of more than {max_items} items")));
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use crate::format::json::Object;
 use crate::format::{Limits, ModelDir, TensorSource, check_finite, open_model_dir};
 use crate::tensor::TensorInfo;
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::path::Path;
 
 /// How to load.
@@ -109,6 +110,12 @@ impl Checkpoint {
             Some(t) => self.source.read(&t.name, 0, dst),
             None => Ok(()),
         })
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint").field("spec", &self.spec).finish_non_exhaustive()
     }
 }
 

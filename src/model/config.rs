@@ -1,7 +1,7 @@
 //! `config.json` to [`ModelSpec`]. Both spellings of Hugging Face configs (before and since
-//! transformers 5) are read, absent fields get the family's defaults of transformers, and a field
-//! that would change the result without being handled is refused by name: a model is either
-//! computed as its authors meant or not at all.
+//! transformers 5) are read. Sizes must be written; other absent fields get the family's defaults of
+//! transformers. A field that would change the result without being handled is refused by name: a
+//! model is either computed as its authors meant or not at all.
 
 use super::rope::Rope;
 use super::{Activation, Family, ModelSpec, Norm, Position};
@@ -54,6 +54,7 @@ const MUST_BE_NEUTRAL: &[(&str, &[Neutral])] = &[
     ("logit_scale", &[Neutral::Number(1.0)]),
     ("rotary_pct", &[Neutral::Number(1.0)]),
     ("alibi", &[Neutral::False]),
+    ("use_mrope", &[Neutral::False]),
     ("use_qk_norm", &[Neutral::False]),
     ("parallel_attn", &[Neutral::False]),
     ("use_parallel_residual", &[Neutral::False]),
@@ -362,4 +363,103 @@ fn token_ids(fields: &Fields<'_>, name: &str) -> Result<Vec<u32>> {
         .map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok()))
         .collect::<Option<Vec<u32>>>()
         .ok_or_else(|| fields.wrong(name, value, "a token id or a list of them"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::json;
+
+    fn spec(text: &str) -> ModelSpec {
+        let limits = Limits::default();
+        let config = json::parse("config.json", text.as_bytes(), limits.max_json_depth).unwrap();
+        read(&config, None, DType::BF16, &limits).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn sizes(s: &ModelSpec) -> [u32; 8] {
+        [
+            s.num_layers,
+            s.hidden_size,
+            s.num_heads,
+            s.num_kv_heads,
+            s.head_dim,
+            s.ffn_size,
+            s.vocab_size,
+            s.max_positions,
+        ]
+    }
+
+    /// The fields of published configs, as their files spell them.
+    #[test]
+    fn published_configs_are_read() {
+        let s = spec(
+            r#"{"_name_or_path":"opt-6.7b","activation_dropout":0.0,"activation_function":"relu",
+            "architectures":["OPTForCausalLM"],"attention_dropout":0.0,"bos_token_id":2,
+            "do_layer_norm_before":true,"dropout":0.1,"eos_token_id":2,"ffn_dim":16384,"hidden_size":4096,
+            "init_std":0.02,"layerdrop":0.0,"max_position_embeddings":2048,"model_type":"opt",
+            "num_attention_heads":32,"num_hidden_layers":32,"pad_token_id":1,"prefix":"</s>",
+            "torch_dtype":"float16","use_cache":true,"vocab_size":50272,"word_embed_proj_dim":4096}"#,
+        );
+        assert_eq!(sizes(&s), [32, 4096, 32, 32, 128, 16384, 50272, 2048]);
+        let s = spec(
+            r#"{"architectures":["LlamaForCausalLM"],"bos_token_id":1,"eos_token_id":2,"hidden_act":"silu",
+            "hidden_size":4096,"initializer_range":0.02,"intermediate_size":11008,
+            "max_position_embeddings":4096,"model_type":"llama","num_attention_heads":32,
+            "num_hidden_layers":32,"num_key_value_heads":32,"pretraining_tp":1,"rms_norm_eps":1e-05,
+            "rope_scaling":null,"tie_word_embeddings":false,"torch_dtype":"float16","vocab_size":32000}"#,
+        );
+        assert_eq!(sizes(&s), [32, 4096, 32, 32, 128, 11008, 32000, 4096]);
+        assert_eq!((s.norm, s.norm_eps, s.bos_token), (Norm::Rms, 1e-5, Some(1)));
+        let s = spec(
+            r#"{"attention_bias":false,"attention_dropout":0.0,"bos_token_id":128000,
+            "eos_token_id":[128001,128008,128009],"hidden_act":"silu","hidden_size":4096,
+            "intermediate_size":14336,"max_position_embeddings":131072,"mlp_bias":false,"model_type":"llama",
+            "num_attention_heads":32,"num_hidden_layers":32,"num_key_value_heads":8,"pretraining_tp":1,
+            "rms_norm_eps":1e-05,"rope_scaling":{"factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,
+            "original_max_position_embeddings":8192,"rope_type":"llama3"},"rope_theta":500000.0,
+            "tie_word_embeddings":false,"torch_dtype":"bfloat16","vocab_size":128256}"#,
+        );
+        assert_eq!(sizes(&s), [32, 4096, 32, 8, 128, 14336, 128256, 131072]);
+        assert_eq!(s.eos_tokens, [128001, 128008, 128009]);
+        let s = spec(
+            r#"{"bos_token_id":1,"eos_token_id":2,"hidden_act":"silu","hidden_size":4096,
+            "intermediate_size":14336,"max_position_embeddings":32768,"model_type":"mistral",
+            "num_attention_heads":32,"num_hidden_layers":32,"num_key_value_heads":8,"rms_norm_eps":1e-05,
+            "rope_theta":10000.0,"sliding_window":4096,"tie_word_embeddings":false,"vocab_size":32000}"#,
+        );
+        assert_eq!(s.window, Some(4096));
+        let s = spec(
+            r#"{"attention_dropout":0.0,"bos_token_id":151643,"eos_token_id":151645,"hidden_act":"silu",
+            "hidden_size":5120,"intermediate_size":13824,"max_position_embeddings":32768,
+            "max_window_layers":70,"model_type":"qwen2","num_attention_heads":40,"num_hidden_layers":48,
+            "num_key_value_heads":8,"rms_norm_eps":1e-06,"rope_theta":1000000.0,"sliding_window":131072,
+            "tie_word_embeddings":false,"use_sliding_window":false,"vocab_size":152064}"#,
+        );
+        assert_eq!(sizes(&s), [48, 5120, 40, 8, 128, 13824, 152064, 32768]);
+        assert!(s.qkv_bias && !s.o_bias && s.window.is_none());
+        let s = spec(
+            r#"{"attention_bias":false,"attention_dropout":0.0,"bos_token_id":151643,"eos_token_id":151645,
+            "head_dim":128,"hidden_act":"silu","hidden_size":1024,"intermediate_size":3072,
+            "max_position_embeddings":40960,"max_window_layers":28,"model_type":"qwen3",
+            "num_attention_heads":16,"num_hidden_layers":28,"num_key_value_heads":8,"rms_norm_eps":1e-06,
+            "rope_scaling":null,"rope_theta":1000000,"sliding_window":null,"tie_word_embeddings":true,
+            "use_sliding_window":false,"vocab_size":151936}"#,
+        );
+        assert_eq!((s.q_size(), s.qk_norm, s.tied_head), (2048, true, true));
+    }
+
+    #[test]
+    fn absent_fields_have_the_family_s_defaults() {
+        let base = |family: &str| {
+            spec(&format!(
+                r#"{{"model_type":"{family}","hidden_size":4096,"intermediate_size":64,"num_hidden_layers":2,
+                "num_attention_heads":64,"vocab_size":100,"max_position_embeddings":32768}}"#
+            ))
+        };
+        let [llama, mistral, qwen2, qwen3] = ["llama", "mistral", "qwen2", "qwen3"].map(base);
+        assert_eq!([&llama, &mistral, &qwen2, &qwen3].map(|s| s.num_kv_heads), [64, 8, 32, 32]);
+        assert_eq!([&llama, &mistral, &qwen2, &qwen3].map(|s| s.head_dim), [64, 64, 64, 128]);
+        assert_eq!([&llama, &mistral, &qwen2, &qwen3].map(|s| s.window), [None, Some(4096), None, None]);
+        assert_eq!([&llama, &mistral, &qwen2, &qwen3].map(|s| s.eos_tokens.len()), [1, 1, 0, 0]);
+    }
 }

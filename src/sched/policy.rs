@@ -82,7 +82,7 @@ impl Decision {
         })
     }
 
-    /// Decides. Both lists are in order of service, most urgent first.
+    /// Decides. Both lists are in order of service, most urgent first; those waiting are ready.
     pub fn plan(&mut self, running: &[View], waiting: &[View], bounds: Bounds) {
         self.preempt.clear();
         self.admit.clear();
@@ -164,9 +164,6 @@ impl Decision {
         for w in waiting {
             if count >= bounds.max_batch || room.tokens == 0 {
                 return;
-            }
-            if !w.ready {
-                continue;
             }
             let need = pages_for(w.known as usize + 1);
             if need + promised > room.pages {

@@ -10,6 +10,7 @@ use crate::format::{Limits, Shards, TensorSource, check_finite};
 use crate::model::{Activation, Fingerprint, ModelSpec};
 use crate::tensor::{Shape, TensorInfo};
 use std::collections::HashSet;
+use std::fmt;
 use std::path::Path;
 
 /// Rows of an attention router's weight.
@@ -164,6 +165,12 @@ impl RouterFile {
             offset += stored.len() as u64;
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for RouterFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouterFile").field("info", &self.info).finish_non_exhaustive()
     }
 }
 

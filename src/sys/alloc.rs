@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use std::alloc::Layout;
+use std::io::Read;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -172,8 +173,20 @@ fn unmap(data: NonNull<u8>, size: usize) {
 
 /// Memory the system can still give without swapping, in bytes; `None` where it does not say.
 pub fn available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    meminfo("MemAvailable:")
+}
+
+/// Memory of the machine, in bytes; `None` where it does not say.
+pub fn total() -> Option<u64> {
+    meminfo("MemTotal:")
+}
+
+fn meminfo(field: &str) -> Option<u64> {
+    // Both fields are among the first lines. No allocation: this answers also when memory is short.
+    let mut bytes = [0u8; 1024];
+    let n = std::fs::File::open("/proc/meminfo").ok()?.read(&mut bytes).ok()?;
+    let text = std::str::from_utf8(&bytes[..n]).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -204,6 +217,6 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn knows_free_memory() {
-        assert!(available().unwrap() > 1 << 20);
+        assert!(available().unwrap() > 1 << 20 && total() > available());
     }
 }

@@ -2,6 +2,7 @@
 //! here, not taken from the library, so that a wrong table there is found.
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its part")]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use polar_sparsity::error::Result;
 use polar_sparsity::format::{Limits, Shards, json};

@@ -110,9 +110,10 @@ pub(super) fn select(s: &mut CpuScratch, step: &Step, layer: usize, site: Site) 
             }
             if let Rule::TopK(k) = rule.invariant {
                 for i in select.n_reference..select.routed.len() {
-                    let logits = &select.mlp_logits[i * ffn..(i + 1) * ffn];
+                    // The reference rule for a batch of one.
+                    let row = std::iter::once(&select.mlp_logits[i * ffn..(i + 1) * ffn]);
                     let list = &mut select.invariant[i - select.n_reference];
-                    *nan_scores += select.selector.top_k(logits, k as usize, list);
+                    *nan_scores += select.selector.top_k_of_batch(row, ffn, k as usize, list);
                 }
             }
         }
