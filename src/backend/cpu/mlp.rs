@@ -221,8 +221,8 @@ impl Gated<'_> {
             let rows = Pick::Range(first, ROW_BLOCK.min(self.n - first));
             let size = rows.len() * part.len();
             let (g, u) = (&mut local.tile[..size], &mut local.tile2[..size]);
-            self.half(self.gate, rows, &part, g);
-            self.half(self.up, rows, &part, u);
+            self.half(self.gate, rows, &part, g, &mut local.spill);
+            self.half(self.up, rows, &part, u, &mut local.spill);
             match self.activation {
                 Activation::ReluGated => simd::relu_mul(g, u),
                 _ => simd::silu_mul(self.cx.isa, g, u),
@@ -233,10 +233,26 @@ impl Gated<'_> {
         }
     }
 
-    fn half(&self, linear: &Linear, rows: Pick<'_>, part: &Range<usize>, tile: &mut [f32]) {
+    fn half(
+        &self,
+        linear: &Linear,
+        rows: Pick<'_>,
+        part: &Range<usize>,
+        tile: &mut [f32],
+        spill: &mut [f32],
+    ) {
         let (mat, bias) = linear.parts();
         let outs = Pick::Range(part.start, part.len());
-        dots(self.cx.isa, self.from, rows, (mat.view(), mat.stride), outs, mat.stride, tile, part.len());
+        dots(
+            self.cx.isa,
+            self.from,
+            rows,
+            (mat.view(), mat.stride),
+            outs,
+            mat.stride,
+            (tile, part.len()),
+            spill,
+        );
         if let Some(bias) = bias {
             tile.chunks_exact_mut(part.len()).for_each(|t| add(t, &bias[part.clone()]));
         }
@@ -370,8 +386,8 @@ impl Up<'_> {
                     (mat.view(), mat.stride),
                     neurons,
                     mat.stride,
-                    tile,
-                    width,
+                    (tile, width),
+                    &mut local.spill,
                 );
                 for (r, values) in tile.chunks_exact_mut(width).enumerate() {
                     for (i, v) in values.iter_mut().enumerate() {

@@ -50,6 +50,9 @@ fn dots_agree_with_f64() {
             (8, 7, 96),
             (13, 17, 64),
             (100, 10, 32),
+            (5, 9, 3200),
+            (8, 7, 2592),
+            (20, 5, 1056),
         ] {
             let stride = k + 32;
             let (x, w) = (numbers(1, rows * stride), numbers(2, outs * stride));
@@ -57,16 +60,12 @@ fn dots_agree_with_f64() {
             ways(isa, &x, &w, &mut |name, acts, weights| {
                 for picked in [Pick::Range(0, outs), Pick::List(&list)] {
                     let mut out = vec![f32::NAN; rows * outs];
-                    dots(
-                        isa,
-                        (acts, stride),
-                        Pick::Range(0, rows),
-                        (weights, stride),
-                        picked,
-                        k,
-                        &mut out,
-                        outs,
-                    );
+                    let mut again = out.clone();
+                    let mut spill = vec![f32::NAN; 16 * rows * outs];
+                    let (from, by, all) = ((acts, stride), (weights, stride), Pick::Range(0, rows));
+                    dots(isa, from, all, by, picked, k, (&mut out, outs), &mut []);
+                    dots(isa, from, all, by, picked, k, (&mut again, outs), &mut spill);
+                    assert!(out == again, "passes change bits: {name} {} {rows}x{outs}x{k}", isa.name());
                     for r in 0..rows {
                         for o in 0..outs {
                             let (a, b) = (&x[r * stride..], &w[picked.at(o) * stride..]);
