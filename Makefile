@@ -4,7 +4,8 @@
 # make test     everything CI runs
 # make install  PREFIX=/usr/local LIBDIR=$(PREFIX)/lib DESTDIR=
 # make lint     formatting and clippy
-# make bench    speed of this machine
+# make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp
+# make quality  perplexity of the trained models by density: fixtures/quality.md
 # make header   write include/polar_sparsity.h and the ABI lists anew
 # make clean
 
@@ -23,7 +24,7 @@ TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 EXAMPLES := $(TARGET)/examples-c
 
-.PHONY: build demo examples test test-rust test-go lint install bench header clean
+.PHONY: build demo examples test test-rust test-go lint install bench quality header clean
 
 build:
 	$(CARGO) build --release --locked
@@ -67,8 +68,24 @@ install: $(RELEASE)/libpolar_sparsity.so
 $(RELEASE)/libpolar_sparsity.so:
 	$(MAKE) build
 
+# The rival is fetched from PyPI and built once, in target/rivals; RIVAL= leaves it out.
+RIVAL ?= 1
+RIVALS := $(TARGET)/rivals
 bench:
-	$(CARGO) bench --locked
+	$(CARGO) build --release --locked --bench cpu
+	@if [ -n "$(RIVAL)" ]; then \
+	  tools/rivals/llama_cpp.sh $(RIVALS) && \
+	  $(RIVALS)/venv/bin/python tools/rivals/make_gguf.py $(RIVALS)/gguf; \
+	fi
+	$(CARGO) bench --locked --bench cpu -- --out $(CURDIR)/benches/results/cpu.jsonl \
+	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf)
+
+# Perplexity of the trained fixtures by density and kind of selection.
+quality:
+	$(CARGO) run --release --locked --example quality >$(TARGET)/quality.md
+	$(CARGO) run --release --locked --example quality -- --weight-dtype int8 --brief >>$(TARGET)/quality.md
+	mv $(TARGET)/quality.md fixtures/quality.md
+	cat fixtures/quality.md
 
 header:
 	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test header --test abi

@@ -1,6 +1,8 @@
 //! What `make install` leaves works from outside the tree: C and C++, shared and static, through
 //! pkg-config, through CMake, and after the whole prefix has moved.
 
+#![allow(clippy::print_stderr, reason = "says what was skipped and why")]
+
 mod common;
 
 use common::{built_library, compiler, root, run, scratch};
