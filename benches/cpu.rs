@@ -7,6 +7,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that prints a table")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a benchmark stops at the first surprise")]
+#![allow(unreachable_pub, reason = "a program: its modules have no other users")]
 
 #[path = "support/ceiling.rs"]
 mod ceiling;

@@ -5,6 +5,7 @@
 //! prints it as Markdown; `make quality` writes it to `fixtures/quality.md`.
 
 #![allow(clippy::print_stdout, reason = "a program that prints a table")]
+#![allow(unreachable_pub, reason = "a program: its modules have no other users")]
 
 #[path = "support/teacher.rs"]
 mod teacher;

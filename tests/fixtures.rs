@@ -2,6 +2,8 @@
 //! against the figures of a PyTorch reference (`tools/fixtures/reference.py`) on the same windows.
 //! Where the thresholds come from: `fixtures/README.md`.
 
+#![allow(unreachable_pub, reason = "a program: its modules have no other users")]
+
 #[path = "../examples/support/teacher.rs"]
 mod teacher;
 

@@ -29,7 +29,7 @@ fn write_checkpoint(dir: &std::path::Path) -> usize {
         "torch_dtype": "bfloat16",
     });
     std::fs::write(dir.join("config.json"), config.to_string()).expect("config");
-    let ones = vec![0x80u8, 0x3f].repeat(VOCAB * HIDDEN);
+    let ones = [0x80u8, 0x3f].repeat(VOCAB * HIDDEN);
     let mut tensors: Vec<(String, Vec<usize>)> = vec![
         ("model.embed_tokens.weight".into(), vec![VOCAB, HIDDEN]),
         ("model.norm.weight".into(), vec![HIDDEN]),
