@@ -2,7 +2,8 @@
 //! against the figures of a PyTorch reference (`tools/fixtures/reference.py`) on the same windows.
 //! Where the thresholds come from: `fixtures/README.md`.
 
-#![allow(unreachable_pub, reason = "a program: its modules have no other users")]
+#![allow(unreachable_pub, dead_code, reason = "shares a module with a program that uses all of it")]
+#![allow(clippy::print_stdout, reason = "the figures, for whoever asks with --nocapture")]
 
 #[path = "../examples/support/teacher.rs"]
 mod teacher;
