@@ -7,9 +7,12 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that prints a table")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a benchmark stops at the first surprise")]
+#![allow(unreachable_pub, reason = "a program: its modules have no other users")]
 
 #[path = "support/ceiling.rs"]
 mod ceiling;
+#[path = "support/host.rs"]
+mod host;
 #[path = "support/random.rs"]
 mod random;
 #[path = "support/rig.rs"]
@@ -29,6 +32,9 @@ use std::io::Write;
 /// Share of the neurons that the OPT case keeps at batch 1: what the paper's tables keep there.
 const MLP_SHARE: f64 = 0.1;
 const DENSITIES: [f32; 3] = [1.0, 0.625, 0.5];
+
+#[global_allocator]
+static ALLOCATOR: host::Counting = host::Counting;
 
 struct Bench {
     out: std::fs::File,
@@ -73,6 +79,7 @@ fn main() {
     let line =
         json!({"kind": "ceiling", "read_gbps": bench.ceiling, "threads": threads, "processor": processor()});
     bench.emit(line);
+    bench.emit(host::measure(64));
     for name in models.split(',') {
         model(&mut bench, name);
     }

@@ -83,9 +83,16 @@ DEVICE void neurons(const NeuronParams& p) {
     if (keep == NONE) return;
 
     uint32_t nans = 0;
-    for (uint32_t j = thread; j < p.n; j += threads) {
-        keys[j] = sort_key(p.scores[(uint64_t)block_x() * p.n + j]);
-        nans += keys[j] == 0;
+    const float* scores = p.scores + (uint64_t)block_x() * p.n;
+    for (uint32_t j0 = thread; j0 < p.n; j0 += 8 * threads) {
+        float v[8];  // loads first: stores to shared memory in between would serialise them
+        UNROLL for (int i = 0; i < 8; i++) v[i] = j0 + i * threads < p.n ? scores[j0 + i * threads] : 0.0f;
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (j0 + i * threads >= p.n) continue;
+            const uint32_t key = sort_key(v[i]);
+            keys[j0 + i * threads] = key;
+            nans += key == 0;
+        }
     }
     if (nans) atomic_add(p.nan_count, nans);
     if (thread == 0) {
@@ -145,9 +152,9 @@ DEVICE void neurons(const NeuronParams& p) {
         }
     }
     sync_block();
-    // Warp 0 turns both into sums over the words before.
-    if (warp_index() == 0) {
-        const uint32_t each = (words + 31) / 32, begin = lane_index() * each;
+    // Both become sums over the words before: a thread owns `each` words, then a warp, then the block.
+    {
+        const uint32_t each = (words + threads - 1) / threads, begin = thread * each < words ? thread * each : words;
         const uint32_t end = begin + each < words ? begin + each : words;
         uint32_t above = 0, equal = 0;
         for (uint32_t w = begin; w < end; w++) {
@@ -162,8 +169,17 @@ DEVICE void neurons(const NeuronParams& p) {
                 equal_sum += e;
             }
         }
+        if (lane_index() == 31) {
+            histogram[warp_index()] = above_sum;
+            histogram[32 + warp_index()] = equal_sum;
+        }
+        sync_block();
         above = above_sum - above;
         equal = equal_sum - equal;
+        for (int w = 0; w < warp_index(); w++) {
+            above += histogram[w];
+            equal += histogram[32 + w];
+        }
         for (uint32_t w = begin; w < end; w++) {
             const uint32_t a = counts[w], e = equals[w];
             counts[w] = above;

@@ -1,10 +1,11 @@
 //! The quality table of the trained fixtures: perplexity of teacher-forced decode on held-out text,
 //! dense and at several densities, for oracle, router, static and random selection.
 //!
-//! `cargo run --release --example quality -- [--windows N] [--weight-dtype int8] [FIXTURE_DIR]`
+//! `cargo run --release --example quality -- [--windows N] [--weight-dtype int8] [--brief] [FIXTURE_DIR]`
 //! prints it as Markdown; `make quality` writes it to `fixtures/quality.md`.
 
 #![allow(clippy::print_stdout, reason = "a program that prints a table")]
+#![allow(unreachable_pub, reason = "a program: its modules have no other users")]
 
 #[path = "support/teacher.rs"]
 mod teacher;
@@ -22,6 +23,8 @@ struct Args {
     fixtures: PathBuf,
     windows: usize,
     weight_dtype: Option<DType>,
+    /// Dense and one density only: what another weight type costs.
+    brief: bool,
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -42,7 +45,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn parse() -> Result<Args, String> {
-    let mut args = Args { fixtures: PathBuf::from("fixtures"), windows: usize::MAX, weight_dtype: None };
+    let mut args =
+        Args { fixtures: PathBuf::from("fixtures"), windows: usize::MAX, weight_dtype: None, brief: false };
     let mut given = std::env::args().skip(1);
     while let Some(arg) = given.next() {
         match arg.as_str() {
@@ -54,6 +58,7 @@ fn parse() -> Result<Args, String> {
                 Some("int8") => args.weight_dtype = Some(DType::I8),
                 other => return Err(format!("--weight-dtype takes int8, not {other:?}")),
             },
+            "--brief" => args.brief = true,
             dir if !dir.starts_with('-') => args.fixtures = PathBuf::from(dir),
             other => return Err(format!("unknown option {other}")),
         }
@@ -82,6 +87,11 @@ fn table(
         "| selection | density asked | attention density reached | MLP density reached | perplexity | dNLL | top-1 |"
     );
     println!("|---|---|---|---|---|---|---|");
+    if args.brief {
+        row("router", 0.5, &run(Some(&routers), Source::Router, 0.5, MlpMode::Dense)?, &dense);
+        println!();
+        return Ok(());
+    }
     for density in DENSITIES {
         row("oracle", density, &run(None, Source::Oracle, density, MlpMode::Dense)?, &dense);
         row("router", density, &run(Some(&routers), Source::Router, density, MlpMode::Dense)?, &dense);

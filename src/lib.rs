@@ -11,8 +11,10 @@ pub mod backend;
 pub mod dtype;
 pub mod engine;
 pub mod error;
+pub mod ffi;
 pub mod format;
 pub mod kv;
+pub mod log;
 pub mod model;
 pub mod sample;
 pub mod sched;
@@ -23,3 +25,7 @@ pub mod tensor;
 pub mod text;
 
 pub use error::{Error, Result, Status};
+
+// Test helpers shared with `tests/` name the crate as its users do.
+#[cfg(test)]
+extern crate self as polar_sparsity;

@@ -117,9 +117,11 @@ fn steady_steps_allocate_nothing() {
             .collect();
         engine.submit(&requests, &tokens, &mut [SeqId::default(); 8]).expect("submit");
         let mut sink = Count(0);
-        for _ in 0..6 {
+        for _ in 0..10 {
             engine.step(FOREVER, &mut sink).expect("warm up");
         }
+        // Worker threads have started by then, wherever the system had put them.
+        std::thread::sleep(std::time::Duration::from_millis(50));
         let before = COUNT.load(Ordering::Relaxed);
         for _ in 0..40 {
             engine.step(FOREVER, &mut sink).expect("a step");
@@ -157,7 +159,9 @@ fn every_failed_allocation_is_survived() {
     // The JSON trees of safetensors and serde_json are bounded by the file limits and infallible.
     let loads = each_failure(64 << 10, || Model::load(&ctx, &golden_dir(case), &options, &mut |_, _| 0));
     let model = load_model(&ctx, case);
-    let creates = each_failure(256, || Engine::new(&model, None, &EngineOptions::default()));
+    // Large options, so that what depends on them is larger than any fixed part of an engine.
+    let large = EngineOptions { max_batch: 2048, max_queue: 8192, ..EngineOptions::default() };
+    let creates = each_failure(4096, || Engine::new(&model, None, &large));
     let engine = engine(&model, None, |_| {});
     let tokens = vec![9; 100];
     let requests: Vec<Request> = (0..4).map(|i| request(i, 80, 20)).collect();

@@ -42,7 +42,7 @@ pub struct Shape {
 
 impl Rig {
     pub fn new(spec: ModelSpec, threads: u32, mlp_share: f64, options: WeightOptions) -> Result<Rig> {
-        let cpu = Cpu::new(threads)?;
+        let cpu = Cpu::new(threads as usize)?;
         let weights = cpu.upload(&Random::new(spec.clone()), options, &mut |_, _| 0)?;
         let file = routers::random(&spec, mlp_share)?;
         let routers = cpu.upload_routers(&spec, &file)?;
@@ -57,8 +57,7 @@ impl Rig {
             max_context: context,
         };
         let mut kv = self.cpu.kv(&self.weights, &limits)?;
-        // Untouched memory is one shared page of zeros, which would be read from the cache.
-        self.cpu.fill_kv(&mut kv);
+        kv.fill();
         let scratch = self.cpu.scratch(&self.weights, Some(&self.routers), &limits)?;
         Ok(Cache { kv, scratch, limits, report: Report::with_limits(&limits)? })
     }

@@ -389,7 +389,7 @@ impl<B: Backend> Core<B> {
     }
 
     /// Invariants between steps: pages add up, lists hold each sequence once.
-    pub(crate) fn check(&self) -> std::result::Result<(), String> {
+    pub(crate) fn check(&mut self) -> std::result::Result<(), String> {
         self.pool.check(self.seqs.iter().flatten().flat_map(|s| s.table.pages()))?;
         let live = self.seqs.iter().filter(|s| s.is_some()).count();
         if live != self.running.len() + self.waiting.len() {

@@ -213,6 +213,7 @@ impl Inbox {
 }
 
 /// What an [`Inbox`] hands over.
+#[allow(clippy::large_enum_variant, reason = "moved once, from one place to the next; a box would allocate")]
 pub(crate) enum Arrival {
     Request(Seq),
     Token(u32),

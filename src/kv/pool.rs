@@ -9,6 +9,8 @@ pub struct PagePool {
     /// Free pages; the last one is handed out next, so recently used memory stays warm.
     free: Vec<u32>,
     counts: Vec<u16>,
+    /// For [`PagePool::check`], so that checking after each step of a debug build allocates nothing.
+    seen: Vec<u16>,
 }
 
 impl PagePool {
@@ -17,7 +19,8 @@ impl PagePool {
         let counts = try_vec(pages, 0u16, "page counts")?;
         let mut free = try_with_capacity(pages, "free pages")?;
         free.extend((0..pages as u32).rev());
-        Ok(PagePool { free, counts })
+        let seen = try_vec(pages, 0u16, "page counts")?;
+        Ok(PagePool { free, counts, seen })
     }
 
     /// Pages in all.
@@ -49,12 +52,13 @@ impl PagePool {
 
     /// Checks that each page is either free or held, and that `held` (every block table of the
     /// engine, one after the other) accounts for every holder. For tests and debug builds.
-    pub fn check<'a>(&self, held: impl Iterator<Item = &'a u32>) -> std::result::Result<(), String> {
-        let mut seen = vec![0u16; self.counts.len()];
+    pub fn check<'a>(&mut self, held: impl Iterator<Item = &'a u32>) -> std::result::Result<(), String> {
+        let seen = &mut self.seen;
+        seen.fill(0);
         for &page in held {
             seen[page as usize] += 1;
         }
-        if seen != self.counts {
+        if *seen != self.counts {
             let page = seen.iter().zip(&self.counts).position(|(a, b)| a != b).unwrap_or(0);
             return Err(format!("page {page}: {} holders, count {}", seen[page], self.counts[page]));
         }

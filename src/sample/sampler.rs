@@ -183,7 +183,7 @@ fn nucleus(
 ) {
     let (mut sorted, mut sum) = (0, 0.0);
     while sorted < candidates.len() {
-        let end = (sorted * 8).clamp(256, candidates.len());
+        let end = (sorted * 8).max(256).min(candidates.len());
         if end < candidates.len() {
             candidates[sorted..].select_nth_unstable_by(end - sorted - 1, &better);
         }

@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use std::alloc::Layout;
+use std::io::Read;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -181,7 +182,10 @@ pub fn total() -> Option<u64> {
 }
 
 fn meminfo(field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    // Both fields are among the first lines. No allocation: this answers also when memory is short.
+    let mut bytes = [0u8; 1024];
+    let n = std::fs::File::open("/proc/meminfo").ok()?.read(&mut bytes).ok()?;
+    let text = std::str::from_utf8(&bytes[..n]).ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix(field))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)

@@ -131,7 +131,7 @@ impl Pool {
         unsafe { *shared.job.get() = Some(Job { task, n }) };
         shared.next.store(0, Ordering::Relaxed);
         let job = shared.state.load(Ordering::Relaxed) / NEXT_JOB + 1;
-        shared.state.store(job * NEXT_JOB | OPEN, Ordering::SeqCst);
+        shared.state.store((job * NEXT_JOB) | OPEN, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             let _door = lock(&shared.door);
             shared.bell.notify_all();
@@ -280,7 +280,7 @@ impl Shared {
                 return Some(state);
             }
             spins += 1;
-            if spins % 64 != 0 && !self.crowded {
+            if !spins.is_multiple_of(64) && !self.crowded {
                 std::hint::spin_loop();
                 continue;
             }

@@ -1,5 +1,8 @@
 //! Drives a backend step by step, without an engine: sequences, pages, plans.
-#![allow(dead_code, reason = "each test uses a part")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test stops at errors")]
+
+pub mod synthetic;
 
 use polar_sparsity::backend::cpu::{Cpu, Isa};
 use polar_sparsity::backend::decode::{Run, enqueue};
@@ -155,6 +158,10 @@ impl<B: Backend> Rig<B> {
     }
 
     pub fn go(&mut self) {
+        self.try_go().unwrap();
+    }
+
+    pub fn try_go(&mut self) -> polar_sparsity::Result<()> {
         let mut run = Run {
             backend: &self.backend,
             weights: &self.weights,
@@ -162,8 +169,9 @@ impl<B: Backend> Rig<B> {
             kv: &mut self.kv,
             scratch: &mut self.scratch,
         };
-        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report).unwrap();
-        let done = self.backend.poll(&mut self.scratch, &self.step, &mut self.report, u64::MAX);
-        assert!(done.unwrap());
+        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report)?;
+        let done = self.backend.poll(&mut self.scratch, &self.step, &mut self.report, u64::MAX)?;
+        assert!(done);
+        Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! What several test programs need: golden files, small engines, event collection.
 
-#![allow(dead_code, reason = "each test program uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses its part")]
 
 use polar_sparsity::engine::{
     Context, ContextOptions, Engine, EngineOptions, Event, EventSink, FOREVER, LoadOptions, Model, Request,

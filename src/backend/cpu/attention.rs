@@ -25,11 +25,9 @@ pub(super) fn norm_rows(
     cx: Cx<'_>,
     spec: &ModelSpec,
     w: &NormWeights,
-    x: &[f32],
-    stride: usize,
+    (x, stride): (&[f32], usize),
     n: usize,
-    h: &mut Buf<f32>,
-    acts: &mut ActBuf,
+    (h, acts): (&mut Buf<f32>, &mut ActBuf),
 ) {
     let one = |x: &[f32], h: &mut [f32], bf16: &mut [u16]| {
         match spec.norm {
@@ -83,7 +81,7 @@ pub(super) fn project(
 ) {
     let n = step.tokens.len();
     let lw = &w.layers[layer];
-    norm_rows(cx, &w.spec, &lw.attn_norm, &s.x, s.hidden_stride, n, &mut s.h, &mut s.h_acts);
+    norm_rows(cx, &w.spec, &lw.attn_norm, (&s.x, s.hidden_stride), n, (&mut s.h, &mut s.h_acts));
     let x = CpuScratch::normed(&s.h, &s.h_acts, s.hidden_stride);
     let rows = Pick::Range(0, n);
     product(cx, &mut s.locals, x, rows, lw.qkv.parts(), Into::Store, (&mut s.qkv, s.qkv_width));

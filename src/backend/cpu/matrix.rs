@@ -157,18 +157,13 @@ impl Mat {
         }
     }
 
+    /// Overwrites rows.
     #[cfg(test)]
-    pub(super) fn poison_rows(&mut self, rows: impl Iterator<Item = usize>) {
+    pub(super) fn set_rows(&mut self, rows: &[usize], value: f32) {
         let row = self.row_bytes();
-        let nan: &[u8] = match self.dtype {
-            DType::F32 => &[0, 0, 0xc0, 0x7f],
-            DType::F16 => &[0, 0x7e],
-            _ => &[0xc0, 0x7f],
-        };
         for r in rows {
-            for e in self.data[r * row..(r + 1) * row].chunks_exact_mut(nan.len()) {
-                e.copy_from_slice(nan);
-            }
+            let values = vec![value; self.stride];
+            narrow(self.dtype, &values, &mut self.data[r * row..(r + 1) * row]);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Stages `route`, `select` and `mlp`.
 
 use super::attention::{norm_rows, site_name};
-use super::load::{CpuRouters, CpuWeights, Layer};
+use super::load::{CpuRouters, CpuWeights, Layer, Linear};
 use super::matrix::Mat;
 use super::product::{Act, Cx, Into, MAX_BLOCK, ROW_BLOCK, add, block, product};
 use super::scratch::{CpuScratch, Local, Selection};
@@ -14,6 +14,7 @@ use crate::sparsity::router::AttnUnit;
 use crate::sparsity::select::{group_score, random_score};
 use crate::sparsity::{MlpMode, Rule, Site, Source};
 use crate::sys::split::{Block, Grid};
+use std::ops::Range;
 
 /// Router logits of the decode rows.
 pub(super) fn route(
@@ -157,7 +158,7 @@ fn select_heads(s: &mut CpuScratch, step: &Step, layer: usize, unit: Option<Attn
 pub(super) fn mlp(cx: Cx<'_>, w: &CpuWeights, s: &mut CpuScratch, step: &Step, layer: usize, live: Live) {
     let n = step.tokens.len();
     let lw = &w.layers[layer];
-    norm_rows(cx, &w.spec, &lw.mlp_norm, &s.x, s.hidden_stride, n, &mut s.h, &mut s.h_acts);
+    norm_rows(cx, &w.spec, &lw.mlp_norm, (&s.x, s.hidden_stride), n, (&mut s.h, &mut s.h_acts));
     if w.spec.activation.gated() {
         gated(cx, w.spec.activation, lw, s, n);
         count(w, s, step, |_| None);
@@ -187,55 +188,75 @@ fn count(w: &CpuWeights, s: &mut CpuScratch, step: &Step, of: impl Fn(u32) -> Op
 /// `down(act(gate(h)) * up(h))`, every neuron.
 fn gated(cx: Cx<'_>, activation: Activation, lw: &Layer, s: &mut CpuScratch, n: usize) {
     let CpuScratch { locals, h, h_acts, hidden_stride, z, x, .. } = s;
-    let from = CpuScratch::normed(h, h_acts, *hidden_stride);
     let Some(gate) = lw.gate.as_ref() else { return };
-    let (gate, up) = (gate.parts(), lw.up.parts());
-    let half = |local: &mut Local, rows: Pick<'_>, part: &std::ops::Range<usize>, second: bool| {
-        let (mat, bias) = if second { up } else { gate };
-        let tile = if second { &mut local.tile2 } else { &mut local.tile };
-        let width = part.len();
-        let tile = &mut tile[..rows.len() * width];
-        let outs = Pick::Range(part.start, width);
-        dots(cx.isa, from, rows, (mat.view(), mat.stride), outs, mat.stride, tile, width);
-        if let Some(bias) = bias {
-            tile.chunks_exact_mut(width).for_each(|t| add(t, &bias[part.clone()]));
-        }
-    };
-    fn task<T: Act>(
-        cx: Cx<'_>,
-        activation: Activation,
-        n: usize,
-        local: &mut Local,
-        mut out: Block<'_, T>,
-        half: &(dyn Fn(&mut Local, Pick<'_>, &std::ops::Range<usize>, bool) + Sync),
-    ) {
-        let part = out.columns();
-        for first in (0..n).step_by(ROW_BLOCK) {
-            let rows = Pick::Range(first, ROW_BLOCK.min(n - first));
-            half(local, rows, &part, false);
-            half(local, rows, &part, true);
-            let size = rows.len() * part.len();
-            let (g, u) = (&mut local.tile[..size], &local.tile2[..size]);
-            match activation {
-                Activation::ReluGated => simd::relu_mul(g, u),
-                _ => simd::silu_mul(cx.isa, g, u),
-            }
-            for (r, values) in g.chunks_exact(part.len()).enumerate() {
-                T::put(cx.isa, values, out.row(first + r));
-            }
-        }
-    }
-    let size = block(cx, gate.0.rows, 2 * gate.0.row_bytes());
-    let (stride, width) = (z.stride, gate.0.rows);
+    let from = CpuScratch::normed(h, h_acts, *hidden_stride);
+    let job = Gated { cx, activation, gate, up: &lw.up, from, n };
+    let size = block(cx, gate.mat.rows, 2 * gate.mat.row_bytes());
+    let (stride, width) = (z.stride, gate.mat.rows);
     if z.is_bf16() {
         let out = Grid::columns(&mut z.bf16[..n * stride], stride, width, size);
-        cx.pool.split(out, locals, |l, b, _| task(cx, activation, n, l, b, &half));
+        cx.pool.split(out, locals, |l, b, _| job.block(l, b));
     } else {
         let out = Grid::columns(&mut z.f32[..n * stride], stride, width, size);
-        cx.pool.split(out, locals, |l, b, _| task(cx, activation, n, l, b, &half));
+        cx.pool.split(out, locals, |l, b, _| job.block(l, b));
     }
     let rows = Pick::Range(0, n);
     product(cx, locals, z.acts(), rows, lw.down.parts(), Into::Add, (x, *hidden_stride));
+}
+
+/// Gate and up projection of a gated MLP, and its activation.
+struct Gated<'a> {
+    cx: Cx<'a>,
+    activation: Activation,
+    gate: &'a Linear,
+    up: &'a Linear,
+    from: (Acts<'a>, usize),
+    n: usize,
+}
+
+impl Gated<'_> {
+    fn block<T: Act>(&self, local: &mut Local, mut out: Block<'_, T>) {
+        let part = out.columns();
+        for first in (0..self.n).step_by(ROW_BLOCK) {
+            let rows = Pick::Range(first, ROW_BLOCK.min(self.n - first));
+            let size = rows.len() * part.len();
+            let (g, u) = (&mut local.tile[..size], &mut local.tile2[..size]);
+            self.half(self.gate, rows, &part, g, &mut local.spill);
+            self.half(self.up, rows, &part, u, &mut local.spill);
+            match self.activation {
+                Activation::ReluGated => simd::relu_mul(g, u),
+                _ => simd::silu_mul(self.cx.isa, g, u),
+            }
+            for (r, values) in g.chunks_exact(part.len()).enumerate() {
+                T::put(self.cx.isa, values, out.row(first + r));
+            }
+        }
+    }
+
+    fn half(
+        &self,
+        linear: &Linear,
+        rows: Pick<'_>,
+        part: &Range<usize>,
+        tile: &mut [f32],
+        spill: &mut [f32],
+    ) {
+        let (mat, bias) = linear.parts();
+        let outs = Pick::Range(part.start, part.len());
+        dots(
+            self.cx.isa,
+            self.from,
+            rows,
+            (mat.view(), mat.stride),
+            outs,
+            mat.stride,
+            (tile, part.len()),
+            spill,
+        );
+        if let Some(bias) = bias {
+            tile.chunks_exact_mut(part.len()).for_each(|t| add(t, &bias[part.clone()]));
+        }
+    }
 }
 
 /// Lists the rows that run every neuron; without a selection, all of them.
@@ -365,8 +386,8 @@ impl Up<'_> {
                     (mat.view(), mat.stride),
                     neurons,
                     mat.stride,
-                    tile,
-                    width,
+                    (tile, width),
+                    &mut local.spill,
                 );
                 for (r, values) in tile.chunks_exact_mut(width).enumerate() {
                     for (i, v) in values.iter_mut().enumerate() {

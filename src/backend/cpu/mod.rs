@@ -221,7 +221,8 @@ impl Backend for Cpu {
             let row = row as usize;
             s.h[i * stride..(i + 1) * stride].copy_from_slice(&s.x[row * stride..(row + 1) * stride]);
         }
-        norm_rows(self.cx(), &w.spec, &w.final_norm, &s.h, stride, n, &mut s.last, &mut s.last_acts);
+        let to = (&mut s.last, &mut s.last_acts);
+        norm_rows(self.cx(), &w.spec, &w.final_norm, (&s.h, stride), n, to);
         let x = CpuScratch::normed(&s.last, &s.last_acts, stride);
         let head = w.head.as_ref().unwrap_or(&w.embed);
         let to = (&mut s.logits[..], w.spec.vocab_size as usize);
@@ -284,3 +285,6 @@ impl Backend for Cpu {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -70,8 +70,8 @@ pub(super) fn product(
                 (mat.view(), mat.stride),
                 picked,
                 mat.stride,
-                tile,
-                width,
+                (tile, width),
+                &mut local.spill,
             );
             for (r, values) in tile.chunks_exact_mut(width).enumerate() {
                 if let Some(bias) = bias {

@@ -50,6 +50,8 @@ pub(super) struct Local {
     pub(super) tile: Buf<f32>,
     pub(super) tile2: Buf<f32>,
     pub(super) tile16: Buf<u16>,
+    /// Sums between passes of long rows.
+    pub(super) spill: Buf<f32>,
     /// Queries of one unit, f32 or bf16.
     pub(super) q32: Buf<f32>,
     pub(super) q16: Buf<u16>,
@@ -265,11 +267,13 @@ impl Local {
         let group = spec.group() as usize;
         let queries = group.saturating_mul(PAGE_TOKENS.min(limits.max_rows.max(1)));
         let tile = ROW_BLOCK * MAX_BLOCK;
+        let block = ROW_BLOCK.min(limits.max_rows);
         let zeros = |n: usize| Buf::<f32>::zeroed(n, "worker memory");
         Ok(Local {
             tile: zeros(tile)?,
             tile2: zeros(tile)?,
             tile16: Buf::zeroed(tile, "worker memory")?,
+            spill: zeros(16 * tile.min(block * MAX_BLOCK))?,
             q32: zeros(if kv_bf16 { 0 } else { queries * dims })?,
             q16: Buf::zeroed(if kv_bf16 { queries * dims } else { 0 }, "worker memory")?,
             visible: try_vec(queries, (0, 0), "worker memory")?,

@@ -43,7 +43,7 @@ pub(crate) struct Queries<'a> {
 /// Adds one page.
 pub(crate) fn attend_page(isa: Isa, piece: KvPiece<'_>, queries: &mut Queries<'_>) {
     let (n, dims) = (queries.visible.len(), queries.dims);
-    assert!(dims % LANES == 0 && dims > 0, "{dims} dimensions");
+    assert!(dims.is_multiple_of(LANES) && dims > 0, "{dims} dimensions");
     assert!(queries.q.len() >= n * dims && queries.out.len() >= n * dims);
     assert!(queries.max.len() >= n && queries.sum.len() >= n * LANES);
     assert!(queries.visible.iter().all(|v| usize::from(v.1) <= LANES));

@@ -10,7 +10,8 @@ use super::vec::{LANES, Simd};
 use super::{Acts, Isa, Kernel, PAD, Pick, Rows};
 
 /// `out[r * stride_out + o] = x[rows.at(r)] · w[outs.at(o)]` over `k` elements. `x` and `w` are
-/// padded with zeros to `k`, a multiple of [`PAD`].
+/// padded with zeros to `k`, a multiple of [`PAD`]. `spill`: room for sixteen sums per result lets
+/// long rows go in several passes; no bit depends on it.
 #[allow(clippy::too_many_arguments, reason = "two strided operands with their picks, and a result")]
 pub(crate) fn dots(
     isa: Isa,
@@ -19,20 +20,25 @@ pub(crate) fn dots(
     (w, stride_w): (Rows<'_>, usize),
     outs: Pick<'_>,
     k: usize,
-    out: &mut [f32],
-    stride_out: usize,
+    (out, stride_out): (&mut [f32], usize),
+    spill: &mut [f32],
 ) {
     let (n_rows, n_outs) = (rows.len(), outs.len());
     if n_rows == 0 || n_outs == 0 {
         return;
     }
-    assert!(k % PAD == 0 && k <= stride_x && k <= stride_w, "{k} elements of {stride_x} and {stride_w}");
+    assert!(
+        k.is_multiple_of(PAD) && k <= stride_x && k <= stride_w,
+        "{k} elements of {stride_x} and {stride_w}"
+    );
     assert!(rows.end() * stride_x <= x.len(), "activation row {} of {}", rows.end(), x.len() / stride_x);
     assert!(outs.end() * stride_w <= w.len(), "weight row {} of {}", outs.end(), w.len() / stride_w);
     assert!(n_outs <= stride_out && (n_rows - 1) * stride_out + n_outs <= out.len(), "result too small");
     macro_rules! go {
         ($load:ty, $x:expr, $w:expr) => {
             isa.run(Dots::<$load> {
+                pass: pass_of(n_rows, k, size_of_val(&$x[0]), n_rows * n_outs * LANES <= spill.len()),
+                spill: spill.as_mut_ptr(),
                 x: $x.as_ptr(),
                 stride_x,
                 rows,
@@ -64,6 +70,21 @@ pub(crate) fn dots(
         (Acts::Bf16(_), _) => unreachable!("bf16 activations only meet bf16 weights"),
     }
 }
+
+/// Elements of one pass: a tile of rows should stay in the first-level cache while all outputs
+/// pass by. More than one pass keeps its sums, exactly as they are, in `spill`.
+fn pass_of(rows: usize, k: usize, size: usize, can_spill: bool) -> usize {
+    if !can_spill || rows.min(8) * k * size <= L1_BYTES {
+        return k;
+    }
+    let passes = (k * size).div_ceil(PASS_BYTES);
+    k.div_ceil(passes).next_multiple_of(PAD)
+}
+
+/// What a tile of rows may take of the first-level cache.
+const L1_BYTES: usize = 20 << 10;
+/// Bytes of each row in one pass, when there are several.
+const PASS_BYTES: usize = 2 << 10;
 
 /// How elements become products.
 trait Load {
@@ -150,6 +171,9 @@ struct Dots<'a, L: Load> {
     stride_w: usize,
     outs: Pick<'a>,
     k: usize,
+    /// Elements of one pass; less than `k` only if `spill` has a vector for every result.
+    pass: usize,
+    spill: *mut f32,
     out: *mut f32,
     stride_out: usize,
 }
@@ -159,67 +183,102 @@ impl<L: Load> Kernel for Dots<'_, L> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: `dots` checked that all picked rows and the result lie inside their slices.
-        unsafe {
-            let n = self.outs.len();
-            let mut o = 0;
-            if self.rows.len() == 1 {
-                if S::WIDE {
-                    while o + 8 <= n {
-                        self.tile::<S, 1, 8>(0, o);
-                        o += 8;
+        let n = self.rows.len();
+        let most = match n {
+            _ if !S::WIDE => 2,
+            7 | 8 => 8,
+            _ => 6,
+        };
+        let mut k = 0;
+        while k < self.k {
+            let mut r = 0;
+            // Rows in tiles as equal as can be.
+            while r < n {
+                let size = (n - r).div_ceil((n - r).div_ceil(most));
+                // SAFETY: `dots` checked that all picked rows and the result lie inside their
+                // slices; rows r..r + size and elements from k on exist.
+                unsafe {
+                    match size {
+                        1 => self.outputs::<S, 1>(r, k),
+                        2 => self.outputs::<S, 2>(r, k),
+                        3 => self.outputs::<S, 3>(r, k),
+                        4 => self.outputs::<S, 4>(r, k),
+                        5 => self.outputs::<S, 5>(r, k),
+                        6 => self.outputs::<S, 6>(r, k),
+                        7 => self.outputs::<S, 7>(r, k),
+                        _ => self.outputs::<S, 8>(r, k),
                     }
                 }
+                r += size;
             }
-            while o + 4 <= n {
-                self.row_tiles::<S, 4>(o);
-                o += 4;
-            }
-            while o < n {
-                self.row_tiles::<S, 1>(o);
-                o += 1;
-            }
+            k += self.pass;
         }
     }
 }
 
 impl<L: Load> Dots<'_, L> {
-    /// All rows by `NR` outputs, rows in tiles as equal as can be.
+    /// One tile of rows by all outputs, elements from `k` on.
     #[inline(always)]
-    unsafe fn row_tiles<S: Simd, const NR: usize>(&self, o: usize) {
-        let n = self.rows.len();
-        let most = if S::WIDE { 6 } else { 2 };
-        let mut r = 0;
-        while r < n {
-            let left = n - r;
-            let size = left.div_ceil(left.div_ceil(most));
-            // SAFETY: rows r..r + size and outputs o..o + NR exist.
-            unsafe {
-                match size {
-                    1 => self.tile::<S, 1, NR>(r, o),
-                    2 => self.tile::<S, 2, NR>(r, o),
-                    3 => self.tile::<S, 3, NR>(r, o),
-                    4 => self.tile::<S, 4, NR>(r, o),
-                    5 => self.tile::<S, 5, NR>(r, o),
-                    _ => self.tile::<S, 6, NR>(r, o),
+    unsafe fn outputs<S: Simd, const MR: usize>(&self, r: usize, k: usize) {
+        let n = self.outs.len();
+        let mut o = 0;
+        // SAFETY: outputs o..o + width exist.
+        unsafe {
+            if S::WIDE && MR == 1 {
+                while o + 8 <= n {
+                    self.tile::<S, MR, 8>(r, o, k);
+                    o += 8;
                 }
             }
-            r += size;
+            if MR > 6 {
+                while o + 3 <= n {
+                    self.tile::<S, MR, 3>(r, o, k);
+                    o += 3;
+                }
+            } else {
+                while o + 4 <= n {
+                    self.tile::<S, MR, 4>(r, o, k);
+                    o += 4;
+                }
+            }
+            while o < n {
+                self.tile::<S, MR, 1>(r, o, k);
+                o += 1;
+            }
         }
     }
 
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(&self, r: usize, o: usize) {
-        // SAFETY: the picked rows lie inside their arrays, `k` elements each; results likewise.
+    unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(&self, r: usize, o: usize, first: usize) {
+        let end = (first + self.pass).min(self.k);
+        // SAFETY: the picked rows lie inside their arrays, `k` elements each; results likewise, and
+        // `spill` has a vector for each when there is more than one pass.
         unsafe {
             let x: [*const L::X; MR] =
                 std::array::from_fn(|i| self.x.add(self.rows.at(r + i) * self.stride_x));
             let w: [*const L::W; NR] =
                 std::array::from_fn(|j| self.w.add(self.outs.at(o + j) * self.stride_w));
+            let spilled =
+                |i: usize, j: usize| self.spill.wrapping_add(((r + i) * self.outs.len() + o + j) * LANES);
             let mut acc = [[S::zero(); NR]; MR];
-            let mut k = 0;
-            while k < self.k {
+            if first > 0 {
+                for i in 0..MR {
+                    for j in 0..NR {
+                        acc[i][j] = S::load(spilled(i, j));
+                    }
+                }
+            }
+            // The first rows to use these weights ask for those of the next tile: rows are too
+            // short for the hardware to catch up with each anew.
+            let ahead = NR * self.stride_w;
+            let mut k = first;
+            while k < end {
                 let wv: [Operand<S>; NR] = std::array::from_fn(|j| L::w::<S>(w[j].add(k)));
+                if r == 0 {
+                    for w in &w {
+                        S::prefetch(w.wrapping_add(k + ahead).cast());
+                    }
+                }
                 for i in 0..MR {
                     let xv = L::x::<S>(x[i].add(k));
                     for j in 0..NR {
@@ -228,9 +287,22 @@ impl<L: Load> Dots<'_, L> {
                 }
                 k += L::STEP;
             }
-            for i in 0..MR {
-                for j in 0..NR {
-                    *self.out.add((r + i) * self.stride_out + o + j) = S::sum(acc[i][j]);
+            if end < self.k {
+                for i in 0..MR {
+                    for j in 0..NR {
+                        S::store(spilled(i, j), acc[i][j]);
+                    }
+                }
+                return;
+            }
+            for (i, acc) in acc.iter().enumerate() {
+                let out = self.out.add((r + i) * self.stride_out + o);
+                let (fours, rest) = acc.as_chunks::<4>();
+                for (j, four) in fours.iter().enumerate() {
+                    out.add(4 * j).cast::<[f32; 4]>().write_unaligned(S::sum4(*four));
+                }
+                for (j, one) in rest.iter().enumerate() {
+                    *out.add(4 * fours.len() + j) = S::sum(*one);
                 }
             }
         }

@@ -1,6 +1,8 @@
 //! Kernels: the only unsafe code of the CPU backend. Callers see safe functions on slices that
 //! check every bound once per call; the instruction set is a value that only detection makes.
 
+#![allow(clippy::needless_range_loop, reason = "one index names a row or lane of several arrays")]
+
 mod attend;
 mod dot;
 mod elem;

@@ -39,7 +39,9 @@ pub(crate) fn outer(
         return;
     }
     let columns = y.columns();
-    assert!(columns.end <= stride_w && columns.len() % PAD == 0 && columns.start % PAD == 0);
+    assert!(
+        columns.end <= stride_w && columns.len().is_multiple_of(PAD) && columns.start.is_multiple_of(PAD)
+    );
     assert!(rows.end() * stride_z <= z.len() && rows.end() <= y.rows(), "row {} too many", rows.end());
     assert!(neurons.end() * stride_w <= w.len() && neurons.end() <= stride_z, "neuron {}", neurons.end());
     macro_rules! go {

@@ -46,6 +46,12 @@ pub(super) unsafe trait Simd: Copy {
     unsafe fn pow2(v: Self::V) -> Self::V;
     /// `((0+8)+(4+12)) + ...`: halves folded onto each other until one lane is left.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Four sums, each with the bits that [`Simd::sum`] gives.
+    #[inline(always)]
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: the caller's promise.
+        v.map(|v| unsafe { Self::sum(v) })
+    }
     /// Largest lane.
     unsafe fn hmax(v: Self::V) -> f32;
 
@@ -72,7 +78,7 @@ pub(super) unsafe fn exp<S: Simd>(v: S::V) -> S::V {
         // operands lets a NaN through.
         let v = S::max(S::splat(-87.0), v);
         let n = S::round(S::mul(v, S::splat(std::f32::consts::LOG2_E)));
-        let r = S::fma(n, S::splat(-0.693_359_375), v);
+        let r = S::fma(n, S::splat(-355.0 / 512.0), v);
         let r = S::fma(n, S::splat(2.121_944_4e-4), r);
         let mut p = S::splat(1.987_569_1e-4);
         for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {

@@ -1,0 +1,94 @@
+# make          build the library, release
+# make demo     text from the small trained models, dense and with Polar Sparsity
+#               ARGS="--model DIR --routers FILE --prompt TEXT" for your own
+# make test     everything CI runs
+# make install  PREFIX=/usr/local LIBDIR=$(PREFIX)/lib DESTDIR=
+# make lint     formatting and clippy
+# make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp
+# make quality  perplexity of the trained models by density: fixtures/quality.md
+# make header   write include/polar_sparsity.h and the ABI lists anew
+# make clean
+
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+DESTDIR ?=
+CARGO ?= cargo
+GO ?= go
+CC ?= cc
+CXX ?= c++
+CFLAGS ?= -O2
+CXXFLAGS ?= -O2
+ARGS ?=
+
+TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET)/release
+EXAMPLES := $(TARGET)/examples-c
+
+.PHONY: build demo examples test test-rust test-go lint install bench quality header clean
+
+build:
+	$(CARGO) build --release --locked
+	ln -sf libpolar_sparsity.so $(RELEASE)/libpolar_sparsity.so.0
+
+demo: examples
+	$(EXAMPLES)/generate $(ARGS)
+
+examples: build $(EXAMPLES)/generate $(EXAMPLES)/batch $(EXAMPLES)/async $(EXAMPLES)/server
+
+LINK = -L$(RELEASE) -lpolar_sparsity -Wl,-rpath,'$$ORIGIN/../release'
+
+$(EXAMPLES)/%: examples-c/%.c include/polar_sparsity.h | build
+	mkdir -p $(EXAMPLES)
+	$(CC) -std=c99 -Wall -Wextra $(CFLAGS) -Iinclude $< -o $@ $(LINK)
+
+$(EXAMPLES)/%: examples-c/%.cpp include/polar_sparsity.h include/polar_sparsity.hpp | build
+	mkdir -p $(EXAMPLES)
+	$(CXX) -std=c++17 -Wall -Wextra -pthread $(CXXFLAGS) -Iinclude $< -o $@ $(LINK)
+
+test: test-rust test-go
+
+test-rust:
+	$(CARGO) test --locked
+
+# Links to the library that the Rust tests just built.
+test-go:
+	@if command -v $(GO) >/dev/null; then \
+	  GO="$(GO)" tools/test-go.sh $(TARGET)/debug/deps; \
+	else \
+	  echo "Go tests skipped: no go on the PATH"; \
+	fi
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+install: $(RELEASE)/libpolar_sparsity.so
+	PREFIX="$(PREFIX)" LIBDIR="$(LIBDIR)" DESTDIR="$(DESTDIR)" tools/install.sh $(RELEASE)
+
+$(RELEASE)/libpolar_sparsity.so:
+	$(MAKE) build
+
+# The rival is fetched from PyPI and built once, in target/rivals; RIVAL= leaves it out.
+RIVAL ?= 1
+RIVALS := $(TARGET)/rivals
+bench:
+	$(CARGO) build --release --locked --bench cpu
+	@if [ -n "$(RIVAL)" ]; then \
+	  tools/rivals/llama_cpp.sh $(RIVALS) && \
+	  $(RIVALS)/venv/bin/python tools/rivals/make_gguf.py $(RIVALS)/gguf; \
+	fi
+	$(CARGO) bench --locked --bench cpu -- --out $(CURDIR)/benches/results/cpu.jsonl \
+	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf)
+
+# Perplexity of the trained fixtures by density and kind of selection.
+quality:
+	$(CARGO) run --release --locked --example quality >$(TARGET)/quality.md
+	$(CARGO) run --release --locked --example quality -- --weight-dtype int8 --brief >>$(TARGET)/quality.md
+	mv $(TARGET)/quality.md fixtures/quality.md
+	cat fixtures/quality.md
+
+header:
+	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test header --test abi
+
+clean:
+	$(CARGO) clean

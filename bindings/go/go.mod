@@ -1,0 +1,3 @@
+module polar-sparsity/bindings/go
+
+go 1.19
