@@ -113,6 +113,50 @@ pub fn count() -> Result<u32> {
     probe.unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
 }
 
+/// A device the driver lists.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Model name.
+    pub name: String,
+    /// `10 * major + minor`.
+    pub compute_capability: u32,
+    /// Bytes of memory.
+    pub memory_total: u64,
+    /// Identifier, as `nvidia-smi -L` prints it.
+    pub uuid: String,
+}
+
+/// What the driver says of device `ordinal`, without opening it.
+pub fn describe(ordinal: u32) -> Result<Found> {
+    if ordinal >= count()? {
+        return Err(Error::invalid(format!("CUDA device {ordinal}: the driver lists fewer")));
+    }
+    use sys::CUdevice_attribute as A;
+    let (mut device, mut total, mut name) = (0, 0, [0 as std::ffi::c_char; 128]);
+    // SAFETY: `count` has initialised the driver; queries into local variables of the right sizes.
+    unsafe {
+        check("CUDA device", sys::cuDeviceGet(&mut device, ordinal as c_int))?;
+        check("CUDA device name", sys::cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
+        check("CUDA device memory", sys::cuDeviceTotalMem_v2(&mut total, device))?;
+        let mut uuid: sys::CUuuid = std::mem::zeroed();
+        check("CUDA device identifier", sys::cuDeviceGetUuid_v2(&mut uuid, device))?;
+        let attribute = |which| {
+            let mut value = 0;
+            check("CUDA device attribute", sys::cuDeviceGetAttribute(&mut value, which, device)).map(|()| value)
+        };
+        let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let hex: String = uuid.bytes.iter().map(|b| format!("{:02x}", *b as u8)).collect();
+        let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
+        Ok(Found {
+            name: std::ffi::CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned(),
+            compute_capability: (10 * major + minor) as u32,
+            memory_total: total as u64,
+            uuid: format!("GPU-{}", parts.join("-")),
+        })
+    }
+}
+
 impl Driver {
     /// Opens device `ordinal`.
     pub fn open(ordinal: u32) -> Result<Driver> {
