@@ -19,16 +19,24 @@ CXX ?= c++
 CFLAGS ?= -O2
 CXXFLAGS ?= -O2
 ARGS ?=
+# CUDA=1: with the CUDA backend; fetches NVIDIA's compiler into target/ unless there is an nvcc.
+CUDA ?=
+FEATURES := $(if $(CUDA),--features cuda)
 
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 EXAMPLES := $(TARGET)/examples-c
 
-.PHONY: build demo examples test test-rust test-go lint install bench quality header clean
+.PHONY: build bench-gpu demo examples test test-rust test-go lint install bench quality header clean
 
 build:
-	$(CARGO) build --release --locked
+	$(if $(CUDA),command -v nvcc >/dev/null || tools/cuda_toolchain.sh $(TARGET)/cuda-toolchain)
+	$(CARGO) build --release --locked $(FEATURES)
 	ln -sf libpolar_sparsity.so $(RELEASE)/libpolar_sparsity.so.0
+
+# Needs a GPU.
+bench-gpu:
+	$(CARGO) bench --locked --features cuda --bench gpu -- $(ARGS)
 
 demo: examples
 	$(EXAMPLES)/generate $(ARGS)

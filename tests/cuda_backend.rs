@@ -204,11 +204,11 @@ fn sparse(name: &str, density: f32, modes: [MlpMode; 3], source: Source) {
     let mut cpu = Rig::new(&g.model, &setup);
     let mut whole = Rig::new(&g.model, &setup);
     let mut rounds = 0;
-    for p in 0..3 {
+    for (p, &mlp) in modes.iter().enumerate() {
         let mut tokens = g.tokens(p, "tokens");
         let n = tokens.len();
         tokens.extend(g.tokens(p, "forced"));
-        let setting = SeqSetting { attn_density: Some(density), mlp: modes[p] };
+        let setting = SeqSetting { attn_density: Some(density), mlp };
         for id in [gpu.add(&tokens, setting), cpu.add(&tokens, setting)] {
             assert_eq!(id, p);
         }

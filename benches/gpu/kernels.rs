@@ -110,7 +110,7 @@ fn attention_case(
     for min_pages in if batch == 1 { vec![4, 8, 16] } else { vec![6] } {
         let params = |i: u64| DecodeParams {
             q: q.at,
-            kv: pool.at.add(i * layer_bytes),
+            kv: pool.at.offset(i * layer_bytes),
             pages: table.at,
             first_page: first.at,
             tokens: lengths_d.at,
@@ -183,7 +183,7 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
     let us = gpu.time(copies, |i| {
         let params = LinearParams {
             x: x.at,
-            w: w.at.add(i * matrix),
+            w: w.at.offset(i * matrix),
             index: list.as_ref().map_or(Ptr::NULL, |l| l.at),
             out: out.at,
             rows,

@@ -149,7 +149,7 @@ fn qkv(
     let qkv = rng.vector(rows * columns, 1.0, DType::F32);
     let bias = rng.vector(columns, 1.0, T);
     let [q_norm, k_norm] = [0; 2].map(|_| rng.vector(hd, 1.0, T));
-    let (positions, slots) = ([0u32, 5, 31, 2], [3 * 16 + 0u32, 5, NONE, 16 + 15]);
+    let (positions, slots) = ([0u32, 5, 31, 2], [3 * 16u32, 5, NONE, 16 + 15]);
     let angles: Vec<f64> =
         (0..32 * hd / 2).map(|i| (i / (hd / 2)) as f64 * 0.7f64.powi((i % (hd / 2)) as i32)).collect();
     let table: Vec<f64> = angles.iter().flat_map(|a| [a.cos(), a.sin()]).collect();

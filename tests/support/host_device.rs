@@ -67,11 +67,14 @@ pub fn sizes() -> Vec<usize> {
 
 const GUARD: usize = 4096;
 
+/// A launch and its parameters.
+type Recorded = (Launch, Vec<u8>);
+
 /// The device.
 pub struct Host {
     memory: Mutex<HashMap<u64, Vec<u8>>>,
-    recording: Mutex<Option<Vec<(Launch, Vec<u8>)>>>,
-    programs: Mutex<HashMap<u64, Vec<(Launch, Vec<u8>)>>>,
+    recording: Mutex<Option<Vec<Recorded>>>,
+    programs: Mutex<HashMap<u64, Vec<Recorded>>>,
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,

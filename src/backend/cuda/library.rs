@@ -7,6 +7,7 @@ use crate::error::{Error, Result, Status};
 use cudarc::cublaslt::sys::{self, cublasStatus_t};
 use cudarc::driver::sys::CUdeviceptr;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::panic::catch_unwind;
 use std::ptr::null_mut;
@@ -76,11 +77,11 @@ impl Library {
     ) -> Result<bool> {
         let key = (p.rows, p.n, p.k, transposed, dtype == DType::F16);
         let mut plans = self.plans.lock().unwrap_or_else(|e| e.into_inner());
-        if !plans.contains_key(&key) {
-            let plan = self.plan(key)?;
-            plans.insert(key, plan);
-        }
-        let Some(Some(plan)) = plans.get(&key) else { return Ok(false) };
+        let plan = match plans.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(self.plan(key)?),
+        };
+        let Some(plan) = plan else { return Ok(false) };
         let (one, zero) = (1f32, 0f32);
         // SAFETY: descriptors are alive, addresses hold the shapes they say, scalars are f32 on the host
         // as the operation was made for.

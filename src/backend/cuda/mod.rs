@@ -54,7 +54,7 @@ pub struct CudaKv<D: Device> {
 
 impl<D: Device> CudaKv<D> {
     fn layer(&self, layer: usize) -> Ptr {
-        self.memory.at.add(self.layer_bytes * layer as u64)
+        self.memory.at.offset(self.layer_bytes * layer as u64)
     }
 }
 
@@ -328,6 +328,6 @@ impl<D: Device> Backend for Cuda<D> {
         }
         // SAFETY: f32s as bytes, any bytes are valid f32s.
         let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), 4 * out.len()) };
-        self.device.copy_out(bytes, s.buffers.logits.add((4 * index * s.shape.vocab) as u64))
+        self.device.copy_out(bytes, s.buffers.logits.offset((4 * index * s.shape.vocab) as u64))
     }
 }

@@ -12,7 +12,7 @@ impl Ptr {
     pub const NULL: Ptr = Ptr(0);
 
     /// `bytes` further on.
-    pub fn add(self, bytes: u64) -> Ptr {
+    pub fn offset(self, bytes: u64) -> Ptr {
         Ptr(self.0 + bytes)
     }
 }

@@ -259,7 +259,7 @@ fn rotation<D: Device>(device: &D, inv_freq: &[f32], s: &Shape, positions: usize
                 to[4..].copy_from_slice(&sin.to_le_bytes());
             }
         }
-        device.copy_in(at.add((4 * first * row) as u64), &bytes[..4 * row * n])?;
+        device.copy_in(at.offset((4 * first * row) as u64), &bytes[..4 * row * n])?;
     }
     Ok(())
 }

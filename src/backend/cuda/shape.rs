@@ -45,7 +45,7 @@ impl Shape {
         let hd = HEAD_DIMS.into_iter().find(|&h| h >= head_dim).ok_or_else(|| {
             Error::unsupported(format!("head size {head_dim} on a CUDA device: at most 128 is built"))
         })?;
-        if spec.hidden_size % 8 != 0 {
+        if !spec.hidden_size.is_multiple_of(8) {
             return Err(Error::unsupported(format!(
                 "hidden size {} on a CUDA device: a multiple of 8 is needed",
                 spec.hidden_size

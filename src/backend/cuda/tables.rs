@@ -103,7 +103,7 @@ impl Tables {
     }
 
     fn ptr(&self, s: Span) -> Ptr {
-        self.base.add(4 * s.at as u64)
+        self.base.offset(4 * s.at as u64)
     }
     pub(super) fn tokens(&self) -> Ptr {
         self.ptr(self.tokens)
@@ -133,12 +133,12 @@ impl Tables {
         self.ptr(self.pages)
     }
     pub(super) fn groups(&self, which: Groups) -> Ptr {
-        self.ptr(self.groups).add((4 * self.max_rows * which as usize) as u64)
+        self.ptr(self.groups).offset((4 * self.max_rows * which as usize) as u64)
     }
     /// `keep` and `prefix` of plan `i`; plan 0 keeps every head.
     pub(super) fn plan(&self, i: u16) -> (Ptr, Ptr) {
-        let at = self.ptr(self.plans).add((4 * self.plan_words * i as usize) as u64);
-        (at, at.add(4 * self.max_batch as u64))
+        let at = self.ptr(self.plans).offset((4 * self.plan_words * i as usize) as u64);
+        (at, at.offset(4 * self.max_batch as u64))
     }
 
     fn put(&mut self, s: Span, i: usize, v: u32) {
@@ -269,7 +269,7 @@ impl Tables {
             let words = &self.words[from..to];
             // SAFETY: words are plain numbers, read as bytes.
             let bytes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), 4 * words.len()) };
-            device.copy_in(self.base.add(4 * from as u64), bytes)?;
+            device.copy_in(self.base.offset(4 * from as u64), bytes)?;
         }
         Ok(())
     }

@@ -152,10 +152,10 @@ impl<D: Device> CudaWeights<D> {
                 (LayerRole::V, LayerRole::VBias, s.kv_heads),
             ] {
                 let rows = Map { rows: Axis::Heads(heads), columns: Axis::Plain(d) };
-                f.fill(role(matrix), layer.qkv.weight.add((2 * first * d) as u64), &rows, d)?;
+                f.fill(role(matrix), layer.qkv.weight.offset((2 * first * d) as u64), &rows, d)?;
                 if w.spec.qkv_bias {
                     let one = Map { rows: Axis::Heads(heads), columns: Axis::Plain(1) };
-                    f.fill(role(bias), layer.qkv.bias.add(2 * first as u64), &one, 1)?;
+                    f.fill(role(bias), layer.qkv.bias.offset(2 * first as u64), &one, 1)?;
                 }
                 first += heads * s.hd;
             }
@@ -172,7 +172,7 @@ impl<D: Device> CudaWeights<D> {
             if s.gated {
                 f.fill(role(LayerRole::Gate), at, &plain(s.ffn, d), d)?;
                 f.vector(layer.gate_bias, role(LayerRole::GateBias), s.ffn)?;
-                at = at.add((2 * s.neurons * d) as u64);
+                at = at.offset((2 * s.neurons * d) as u64);
             }
             f.fill(role(LayerRole::Up), at, &plain(s.ffn, d), d)?;
             f.vector(layer.up_bias, role(LayerRole::UpBias), s.ffn)?;
@@ -263,7 +263,7 @@ impl<D: Device> Filler<'_, D> {
             for first in (0..count).step_by(step) {
                 let n = step.min(count - first);
                 self.rows(role, dtype, from + first, n, columns)?;
-                let target = at.add((2 * (to + first) * width) as u64);
+                let target = at.offset((2 * (to + first) * width) as u64);
                 if columns == width && pieces.len() == 1 {
                     self.device.copy_in(target, &self.ready[..2 * n * columns])?;
                 } else {
@@ -475,7 +475,7 @@ fn router_tensor<D: Device>(
             wide[2 * row * width..][..2 * columns]
                 .copy_from_slice(&ready[2 * row * columns..][..2 * columns]);
         }
-        device.copy_in(at.add((2 * first * width) as u64), &wide)?;
+        device.copy_in(at.offset((2 * first * width) as u64), &wide)?;
     }
     Ok(())
 }
