@@ -18,7 +18,8 @@ fn speed_of_dots() {
         let mut w = crate::sys::alloc::Buf::<u16>::zeroed(n * k, "test").unwrap();
         // Written, or all of it would be one shared page of zeros.
         w.fill(0x3f80);
-        for (rows, pass) in [(1usize, 0), (4, 0), (4, 1), (8, 0), (8, 1), (16, 0), (16, 1), (96, 0), (96, 1)] {
+        for (rows, pass) in [(1usize, 0), (4, 0), (4, 1), (8, 0), (8, 1), (16, 0), (16, 1), (96, 0), (96, 1)]
+        {
             let x = crate::sys::alloc::Buf::<u16>::zeroed(rows * k, "test").unwrap();
             let block = 64;
             let mut out = vec![0.0; rows * block];
