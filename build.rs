@@ -1,6 +1,9 @@
 //! Link flags of the shared library and the text of `polar_build_info`. No network, no generator:
 //! the header is made by a test and committed.
 
+#[path = "build/cuda.rs"]
+mod cuda;
+
 use std::env;
 use std::process::Command;
 
@@ -10,6 +13,7 @@ const SONAME: &str = "libpolar_sparsity.so.0";
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     link();
+    cuda::kernels();
     println!("cargo:rustc-env=POLAR_SONAME={SONAME}");
     println!("cargo:rustc-env=POLAR_BUILD_INFO={}", build_info());
 }

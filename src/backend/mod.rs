@@ -3,6 +3,7 @@
 //!
 //! [`decode::enqueue`] is the whole decode loop, written once for every backend.
 
+pub mod cuda;
 pub mod cpu;
 pub mod decode;
 pub mod null;

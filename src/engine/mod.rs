@@ -6,6 +6,7 @@
 mod core;
 mod driver;
 mod events;
+mod gpu;
 mod inbox;
 mod on;
 mod open;

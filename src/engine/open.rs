@@ -3,6 +3,7 @@
 use super::events::EventSink;
 use super::on::{EngineOn, ModelOn, RoutersOn};
 use super::types::{Delivered, EngineOptions, Request, SeqId, Stats};
+use super::gpu;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, WeightOptions};
 use crate::dtype::DType;
@@ -62,44 +63,42 @@ pub struct Context {
     cpu: Arc<Cpu>,
     limits: FileLimits,
     choice: BackendChoice,
+    #[cfg(feature = "cuda")]
+    gpus: gpu::Gpus,
 }
 
 impl Context {
     /// Starts the CPU backend's pool.
     pub fn new(options: &ContextOptions) -> Result<Context> {
         if options.backend == BackendChoice::Cuda {
-            return Err(no_cuda());
+            gpu::count()?;
         }
         Ok(Context {
             cpu: Arc::new(Cpu::new(options.threads as usize)?),
             limits: options.limits.clone(),
             choice: options.backend,
+            #[cfg(feature = "cuda")]
+            gpus: gpu::Gpus::default(),
         })
     }
 
     /// What models can be loaded on, and what cannot be used and why.
     pub fn devices(&self) -> Result<Vec<DeviceInfo>> {
-        let mut devices = vec![DeviceInfo {
-            backend: BackendChoice::Cpu,
-            ordinal: 0,
-            compute_capability: 0,
-            memory_total: crate::sys::alloc::total().unwrap_or(0),
-            memory_free: self.cpu.free_memory()?,
-            usable: true,
-            name: self.cpu.caps().name,
-            uuid: String::new(),
-        }];
-        if self.choice == BackendChoice::Auto {
+        let mut devices = Vec::new();
+        if self.choice != BackendChoice::Cuda {
             devices.push(DeviceInfo {
-                backend: BackendChoice::Cuda,
+                backend: BackendChoice::Cpu,
                 ordinal: 0,
                 compute_capability: 0,
-                memory_total: 0,
-                memory_free: 0,
-                usable: false,
-                name: no_cuda().message.into_owned(),
+                memory_total: crate::sys::alloc::total().unwrap_or(0),
+                memory_free: self.cpu.free_memory()?,
+                usable: true,
+                name: self.cpu.caps().name,
                 uuid: String::new(),
             });
+        }
+        if self.choice != BackendChoice::Cpu {
+            devices.extend(gpu::devices());
         }
         Ok(devices)
     }
@@ -108,10 +107,6 @@ impl Context {
     pub fn limits(&self) -> &FileLimits {
         &self.limits
     }
-}
-
-fn no_cuda() -> Error {
-    Error::unsupported("this build has no CUDA kernels")
 }
 
 /// Options of loading a model or routers.
@@ -127,9 +122,38 @@ pub struct LoadOptions {
     pub ignore_fingerprint: bool,
 }
 
+/// One line per backend; the rest of the file does not know which.
+macro_rules! on_each {
+    ($kind:ident, $value:expr, $inner:ident => $body:expr) => {
+        match $value {
+            $kind::Cpu($inner) => $body,
+            #[cfg(feature = "cuda")]
+            $kind::Cuda($inner) => $body,
+        }
+    };
+}
+
+enum AnyModel {
+    Cpu(ModelOn<Cpu>),
+    #[cfg(feature = "cuda")]
+    Cuda(ModelOn<gpu::Gpu>),
+}
+
+enum AnyRouters {
+    Cpu(RoutersOn<Cpu>),
+    #[cfg(feature = "cuda")]
+    Cuda(RoutersOn<gpu::Gpu>),
+}
+
+enum AnyEngine {
+    Cpu(EngineOn<Cpu>),
+    #[cfg(feature = "cuda")]
+    Cuda(EngineOn<gpu::Gpu>),
+}
+
 /// An immutable model on a device.
 pub struct Model {
-    on: ModelOn<Cpu>,
+    on: AnyModel,
     fingerprint: Fingerprint,
     limits: FileLimits,
     device_name: String,
@@ -151,14 +175,26 @@ impl Model {
                 devices.len()
             )));
         };
-        if device.backend != BackendChoice::Cpu {
+        if !device.usable {
             return Err(Error::unsupported(device.name.clone()));
         }
         let how = model::LoadOptions { check_finite: options.check_finite };
         let checkpoint = model::load_with(path, &ctx.limits, how)?;
-        let weights = ctx.cpu.upload(&checkpoint, WeightOptions { dtype: options.weight_dtype }, progress)?;
+        let weights = WeightOptions { dtype: options.weight_dtype };
+        let on = match device.backend {
+            #[cfg(feature = "cuda")]
+            BackendChoice::Cuda => {
+                let backend = ctx.gpus.open(device.ordinal)?;
+                let weights = backend.upload(&checkpoint, weights, progress)?;
+                AnyModel::Cuda(ModelOn::new(backend, weights))
+            }
+            _ => {
+                let weights = ctx.cpu.upload(&checkpoint, weights, progress)?;
+                AnyModel::Cpu(ModelOn::new(Arc::clone(&ctx.cpu), weights))
+            }
+        };
         Ok(Model {
-            on: ModelOn::new(Arc::clone(&ctx.cpu), weights),
+            on,
             fingerprint: checkpoint.fingerprint().clone(),
             limits: ctx.limits.clone(),
             device_name: device.name.clone(),
@@ -167,12 +203,12 @@ impl Model {
 
     /// Its plain numbers.
     pub fn spec(&self) -> &ModelSpec {
-        self.on.spec()
+        on_each!(AnyModel, &self.on, m => m.spec())
     }
 
     /// Bytes of its weights on the device.
     pub fn weight_bytes(&self) -> u64 {
-        self.on.weight_bytes()
+        on_each!(AnyModel, &self.on, m => m.weight_bytes())
     }
 
     /// The device's name.
@@ -183,7 +219,7 @@ impl Model {
 
 /// Immutable routers of one model.
 pub struct Routers {
-    on: RoutersOn<Cpu>,
+    on: AnyRouters,
 }
 
 impl Routers {
@@ -193,67 +229,89 @@ impl Routers {
         let file =
             RouterFile::open(path, &model.limits, spec, &model.fingerprint, options.ignore_fingerprint)?;
         let info = file.info().clone();
-        let routers = model.on.backend().upload_routers(spec, &file)?;
-        Ok(Routers { on: RoutersOn::new(&model.on, routers, info) })
+        let on = match &model.on {
+            AnyModel::Cpu(m) => {
+                AnyRouters::Cpu(RoutersOn::new(m, m.backend().upload_routers(spec, &file)?, info))
+            }
+            #[cfg(feature = "cuda")]
+            AnyModel::Cuda(m) => {
+                AnyRouters::Cuda(RoutersOn::new(m, m.backend().upload_routers(spec, &file)?, info))
+            }
+        };
+        Ok(Routers { on })
     }
 
     /// What the file says.
     pub fn info(&self) -> &RouterInfo {
-        self.on.info()
+        on_each!(AnyRouters, &self.on, r => r.info())
     }
 }
 
 /// Scheduler, KV cache and one model.
-pub struct Engine(EngineOn<Cpu>);
+pub struct Engine(AnyEngine);
 
 impl Engine {
     /// Takes all the memory the engine will use.
     pub fn new(model: &Model, routers: Option<&Routers>, options: &EngineOptions) -> Result<Engine> {
-        EngineOn::new(&model.on, routers.map(|r| &r.on), options).map(Engine)
+        #[cfg(feature = "cuda")]
+        let other_device = || Error::invalid("the routers were loaded for a model on another device");
+        let engine = match (&model.on, routers.map(|r| &r.on)) {
+            (AnyModel::Cpu(m), None) => AnyEngine::Cpu(EngineOn::new(m, None, options)?),
+            (AnyModel::Cpu(m), Some(AnyRouters::Cpu(r))) => AnyEngine::Cpu(EngineOn::new(m, Some(r), options)?),
+            #[cfg(feature = "cuda")]
+            (AnyModel::Cuda(m), None) => AnyEngine::Cuda(EngineOn::new(m, None, options)?),
+            #[cfg(feature = "cuda")]
+            (AnyModel::Cuda(m), Some(AnyRouters::Cuda(r))) => {
+                AnyEngine::Cuda(EngineOn::new(m, Some(r), options)?)
+            }
+            #[cfg(feature = "cuda")]
+            _ => return Err(other_device()),
+        };
+        Ok(Engine(engine))
     }
 
     /// See [`EngineOn::submit`].
     pub fn submit(&self, requests: &[Request], tokens: &[i32], out: &mut [SeqId]) -> Result<()> {
-        self.0.submit(requests, tokens, out)
+        on_each!(AnyEngine, &self.0, e => e.submit(requests, tokens, out))
     }
 
     /// See [`EngineOn::cancel`].
     pub fn cancel(&self, ids: &[SeqId]) -> Result<()> {
-        self.0.cancel(ids)
+        on_each!(AnyEngine, &self.0, e => e.cancel(ids))
     }
 
     /// See [`EngineOn::push_token`].
     pub fn push_token(&self, id: SeqId, token: i32) -> Result<()> {
-        self.0.push_token(id, token)
+        on_each!(AnyEngine, &self.0, e => e.push_token(id, token))
     }
 
     /// See [`EngineOn::stats`].
     pub fn stats(&self) -> Stats {
-        self.0.stats()
+        on_each!(AnyEngine, &self.0, e => e.stats())
     }
 
     /// See [`EngineOn::begin`].
     pub fn begin(&self) -> Result<()> {
-        self.0.begin()
+        on_each!(AnyEngine, &self.0, e => e.begin())
     }
 
     /// See [`EngineOn::finish`].
     pub fn finish(&self, timeout_ns: u64, sink: &mut dyn EventSink) -> Result<Delivered> {
-        self.0.finish(timeout_ns, sink)
+        on_each!(AnyEngine, &self.0, e => e.finish(timeout_ns, sink))
     }
 
     /// See [`EngineOn::step`].
     pub fn step(&self, timeout_ns: u64, sink: &mut dyn EventSink) -> Result<Delivered> {
-        self.0.step(timeout_ns, sink)
+        on_each!(AnyEngine, &self.0, e => e.step(timeout_ns, sink))
     }
 
     /// See [`EngineOn::logits`].
     pub fn logits(&self, id: SeqId, out: &mut [f32]) -> Result<usize> {
-        self.0.logits(id, out)
+        on_each!(AnyEngine, &self.0, e => e.logits(id, out))
     }
 
     /// See [`EngineOn::kill`].
     pub fn kill(&self) {
-        self.0.kill();
+        on_each!(AnyEngine, &self.0, e => e.kill());
     }
 }

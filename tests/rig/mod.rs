@@ -1,10 +1,10 @@
-//! Drives the CPU backend step by step, without an engine: sequences, pages, plans.
+//! Drives a backend step by step, without an engine: sequences, pages, plans.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses a part")]
 #![allow(clippy::unwrap_used, reason = "a test stops at errors")]
 
 pub mod synthetic;
 
-use polar_sparsity::backend::cpu::{Cpu, CpuKv, CpuRouters, CpuScratch, CpuWeights, Isa};
+use polar_sparsity::backend::cpu::{Cpu, Isa};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{
     Backend, History, Limits, NO_LOGITS, PAGE_TOKENS, Report, SeqStep, Step, WeightOptions,
@@ -20,12 +20,12 @@ pub struct Seq {
     pub setting: SeqSetting,
 }
 
-pub struct Rig {
-    pub cpu: Cpu,
-    pub weights: CpuWeights,
-    pub routers: Option<CpuRouters>,
-    pub kv: CpuKv,
-    pub scratch: CpuScratch,
+pub struct Rig<B: Backend = Cpu> {
+    pub backend: B,
+    pub weights: B::Weights,
+    pub routers: Option<B::Routers>,
+    pub kv: B::Kv,
+    pub scratch: B::Scratch,
     pub policy: Policy,
     pub step: Step,
     pub report: Report,
@@ -72,22 +72,27 @@ impl Default for Setup<'_> {
 
 impl Rig {
     pub fn new(src: &dyn Weights, setup: &Setup<'_>) -> Rig {
-        let cpu = Cpu::with_isa(setup.isa, setup.threads).unwrap();
-        let weights = cpu.upload(src, setup.weights, &mut |_, _| 0).unwrap();
-        let routers = setup.routers.map(|r| cpu.upload_routers(src.spec(), r).unwrap());
+        Rig::on(Cpu::with_isa(setup.isa, setup.threads).unwrap(), src, setup)
+    }
+}
+
+impl<B: Backend> Rig<B> {
+    pub fn on(backend: B, src: &dyn Weights, setup: &Setup<'_>) -> Rig<B> {
+        let weights = backend.upload(src, setup.weights, &mut |_, _| 0).unwrap();
+        let routers = setup.routers.map(|r| backend.upload_routers(src.spec(), r).unwrap());
         let limits = setup.limits;
-        let kv = cpu.kv(&weights, &limits).unwrap();
-        let scratch = cpu.scratch(&weights, routers.as_ref(), &limits).unwrap();
+        let kv = backend.kv(&weights, &limits).unwrap();
+        let scratch = backend.scratch(&weights, routers.as_ref(), &limits).unwrap();
         let info = setup.routers.map(|r| r.info().clone());
-        let bytes = cpu.weight_bytes(&weights);
+        let bytes = backend.weight_bytes(&weights);
         let policy =
-            Policy::new(src.spec(), info, setup.options, bytes, cpu.page_bytes(&weights) / 16).unwrap();
+            Policy::new(src.spec(), info, setup.options, bytes, backend.page_bytes(&weights) / 16).unwrap();
         Rig {
             step: Step::with_limits(&limits, src.spec().num_layers as usize).unwrap(),
             report: Report::with_limits(&limits).unwrap(),
             // Scattered, so that nothing can rely on neighbours.
             free: (0..limits.pages as u32).map(|i| i * 7 % limits.pages as u32).collect(),
-            cpu,
+            backend,
             weights,
             routers,
             kv,
@@ -106,11 +111,11 @@ impl Rig {
     pub fn run(&mut self, work: &[(usize, usize, bool)]) -> Vec<Vec<f32>> {
         self.fill(work);
         self.go();
-        let vocab = self.cpu.spec(&self.weights).vocab_size as usize;
+        let vocab = self.backend.spec(&self.weights).vocab_size as usize;
         (0..work.len())
             .map(|i| {
                 let mut out = vec![0.0; vocab];
-                self.cpu.read_logits(&mut self.scratch, i, &mut out).unwrap();
+                self.backend.read_logits(&mut self.scratch, i, &mut out).unwrap();
                 out
             })
             .collect()
@@ -158,12 +163,15 @@ impl Rig {
 
     pub fn try_go(&mut self) -> polar_sparsity::Result<()> {
         let mut run = Run {
-            backend: &self.cpu,
+            backend: &self.backend,
             weights: &self.weights,
             routers: self.routers.as_ref(),
             kv: &mut self.kv,
             scratch: &mut self.scratch,
         };
-        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report)
+        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report)?;
+        let done = self.backend.poll(&mut self.scratch, &self.step, &mut self.report, u64::MAX)?;
+        assert!(done);
+        Ok(())
     }
 }

@@ -1,0 +1,362 @@
+//! The cases of each kernel.
+
+use crate::timing::{Gpu, T};
+use polar_sparsity::backend::cuda::device::Device;
+use polar_sparsity::backend::cuda::params::*;
+
+/// splitmix64, for lengths, page orders and selections.
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    fn unit(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+    fn normal(&mut self) -> f64 {
+        (-2.0 * self.unit().max(1e-12).ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
+    }
+    fn shuffled(&mut self, n: u32) -> Vec<u32> {
+        let mut v: Vec<u32> = (0..n).collect();
+        for i in (1..n as usize).rev() {
+            v.swap(i, (self.bits() % (i as u64 + 1)) as usize);
+        }
+        v
+    }
+}
+
+/// Lengths of `batch` sequences with mean `context`; ragged: log-normal, sigma 0.8.
+fn lengths(rng: &mut Rng, batch: u32, context: u32, ragged: bool) -> Vec<u32> {
+    if !ragged {
+        return vec![context; batch as usize];
+    }
+    let raw: Vec<f64> = (0..batch).map(|_| (0.8 * rng.normal()).exp()).collect();
+    let mean = raw.iter().sum::<f64>() / f64::from(batch);
+    raw.iter().map(|r| ((r / mean * f64::from(context)) as u32).max(1)).collect()
+}
+
+/// Decode attention, head size 128.
+pub(crate) fn attention(gpu: &Gpu) {
+    // (heads, kv_heads, batch, context, density, ragged)
+    let cases = [
+        (32, 8, 1, 32768, 1.0, false),
+        (32, 8, 8, 2048, 1.0, false),
+        (32, 8, 64, 2048, 1.0, false),
+        (32, 8, 64, 2048, 0.625, false),
+        (32, 8, 64, 8192, 1.0, false),
+        (32, 8, 64, 8192, 0.625, false),
+        (32, 8, 32, 2048, 1.0, true),
+        (32, 8, 128, 2048, 1.0, true),
+        (32, 8, 128, 2048, 0.625, true),
+        (32, 32, 1, 2048, 1.0, false),
+        (32, 32, 8, 2048, 1.0, false),
+        (32, 32, 8, 2048, 0.5, false),
+        (32, 32, 64, 2048, 1.0, false),
+        (32, 32, 64, 2048, 0.5, false),
+        (32, 32, 64, 2048, 0.3, false),
+        (32, 32, 64, 2048, 1.0, true),
+        (32, 32, 64, 2048, 0.5, true),
+        (72, 72, 64, 1920, 1.0, false),
+        (72, 72, 64, 1920, 0.3, false),
+    ];
+    for case in cases {
+        attention_case(gpu, case);
+    }
+}
+
+fn attention_case(gpu: &Gpu, (heads, kv_heads, batch, context, density, ragged): (u32, u32, u32, u32, f64, bool)) {
+    const HD: u32 = 128;
+    let mut rng = Rng(7);
+    let k = gpu.kernels(HD, heads / kv_heads);
+    let lengths = lengths(&mut rng, batch, context, ragged);
+    let pages: u32 = lengths.iter().map(|l| l.div_ceil(16)).sum();
+    let keep = ((f64::from(kv_heads) * density) as u32).max(1);
+    let layer_bytes = u64::from(pages) * u64::from(kv_heads) * 8192;
+    let needed = lengths.iter().map(|&l| f64::from(l)).sum::<f64>() * f64::from(keep) * 512.0;
+    let copies = gpu.copies(needed as u64).min((40u64 << 30) / layer_bytes).max(1);
+    let pool = gpu.random(layer_bytes / 2 * copies, 1.0);
+    let table = gpu.words(&rng.shuffled(pages));
+    let (mut first, mut prefix) = (vec![0], vec![0]);
+    for l in &lengths {
+        first.push(first.last().unwrap() + l.div_ceil(16));
+        prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
+    }
+    let mut selected: Vec<u16> = vec![];
+    for _ in 0..batch {
+        let mut kept = rng.shuffled(kv_heads)[..keep as usize].to_vec();
+        kept.sort_unstable();
+        kept.resize(kv_heads as usize, 0);
+        selected.extend(kept.iter().map(|&h| h as u16));
+    }
+    let packed: Vec<u32> = selected.chunks(2).map(|c| u32::from(c[0]) | u32::from(*c.get(1).unwrap_or(&0)) << 16).collect();
+    let launch = k.decode();
+    let (q, out) = (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
+    let [first, lengths_d, prefix, keep_d] =
+        [&first, &lengths, &prefix, &vec![keep; batch as usize]].map(|v| gpu.words(v));
+    let skip = gpu.words(&vec![0; batch as usize]);
+    let selected = gpu.words(&packed);
+    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 2) * 4);
+    let counters = gpu.room(u64::from(batch * kv_heads) * 4);
+    for min_pages in if batch == 1 { vec![4, 8, 16] } else { vec![6] } {
+        let params = |i: u64| DecodeParams {
+            q: q.at,
+            kv: pool.at.add(i * layer_bytes),
+            pages: table.at,
+            first_page: first.at,
+            tokens: lengths_d.at,
+            skip: skip.at,
+            selected: if density < 1.0 { selected.at } else { Ptr::NULL },
+            keep: keep_d.at,
+            prefix: prefix.at,
+            out: out.at,
+            parts: parts.at,
+            counters: counters.at,
+            sequences: batch,
+            heads,
+            kv_heads,
+            stages: k.stages,
+            min_pages,
+            scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
+        };
+        let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
+        let kind = if ragged { "ragged" } else { "equal" };
+        gpu.report(
+            "attention_decode",
+            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages}"),
+            &format!(
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"stages":{}"#,
+                k.stages
+            ),
+            us,
+            needed,
+        );
+    }
+}
+
+/// Products of a decode step, LLaMA-3.1-8B shapes and OPT-6.7B's.
+pub(crate) fn products(gpu: &Gpu) {
+    let shapes = [("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336), ("head", 128_256, 4096)];
+    for (name, n, k) in shapes {
+        for rows in [1, 8, 16, 32, 64, 128, 512] {
+            if rows <= 64 {
+                product(gpu, "linear", name, rows, n, k, None);
+            }
+            product(gpu, "cublaslt", name, rows, n, k, None);
+        }
+    }
+}
+
+fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, stored: Option<u32>) {
+    let kernels = gpu.kernels(128, 1);
+    let down = kernel == "linear_down";
+    let (launch, splits) = if down { kernels.linear_transposed(rows, n, k) } else { kernels.linear(rows, n, k) };
+    let bytes = u64::from(n) * u64::from(k) * 2;
+    let matrix = stored.map_or(bytes, |s| bytes / u64::from(if down { k } else { n }) * u64::from(s));
+    let copies = gpu.copies(bytes);
+    let w = gpu.random(matrix / 2 * copies, 0.02);
+    let x = gpu.random(u64::from(rows) * u64::from(k), 1.0);
+    let out = gpu.room(u64::from(splits) * u64::from(rows) * u64::from(n) * 4);
+    let picked = if down { k } else { n };
+    let mut rng = Rng(3);
+    let list = stored.map(|s| {
+        let mut l = rng.shuffled(s)[..picked as usize].to_vec();
+        l.sort_unstable();
+        gpu.words(&l)
+    });
+    let us = gpu.time(copies, |i| {
+        let params = LinearParams {
+            x: x.at,
+            w: w.at.add(i * matrix),
+            index: list.as_ref().map_or(Ptr::NULL, |l| l.at),
+            out: out.at,
+            rows,
+            n,
+            k,
+            splits,
+        };
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+            gpu.start(&launch, &params);
+        }
+    });
+    let tflops = 2.0 * f64::from(rows) * f64::from(n) * f64::from(k) / us / 1e6;
+    gpu.report(
+        kernel,
+        &format!("{name} {n}x{k} B={rows} splits {splits} {tflops:.0} TFLOP/s"),
+        &format!(r#""name":"{name}","rows":{rows},"n":{n},"k":{k},"splits":{splits},"tflops":{tflops:.1}"#),
+        us,
+        bytes as f64,
+    );
+}
+
+/// Selective up and down products, OPT-6.7B.
+pub(crate) fn selective_mlp(gpu: &Gpu) {
+    let (d, ffn) = (4096, 16384);
+    for rows in [1, 8, 16, 32, 64] {
+        for share in [0.1, 0.3, 0.5, 1.0] {
+            let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
+            product(gpu, "linear", &format!("up {share}"), rows, kept, d, Some(ffn));
+            product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
+        }
+    }
+    for rows in [1, 8, 32, 64] {
+        let (r, n) = (1024, ffn);
+        product(gpu, "linear", "router down", rows, r, d, None);
+        product(gpu, "linear", "router up", rows, n, r, None);
+        let k = gpu.kernels(128, 1);
+        let splits = k.linear(rows, n, r).1;
+        let logits = gpu.room(u64::from(rows) * u64::from(n) * 4 * u64::from(splits));
+        let (index, masks, group, nan) =
+            (gpu.room(4 * u64::from(n)), gpu.room(4 * u64::from(n)), gpu.room(4 * u64::from(rows)), gpu.room(4));
+        let launch = k.select_neurons(1, n);
+        let scores = gpu.random(2 * u64::from(n), 1.0);
+        let params = NeuronParams {
+            scores: scores.at,
+            logits: Partial { data: logits.at, splits, columns: n },
+            group: group.at,
+            index: index.at,
+            masks: masks.at,
+            nan_count: nan.at,
+            rows,
+            n,
+            keep0: 4096,
+            keep_other: 0,
+            first_group: 0,
+        };
+        let us = gpu.time(1, |_| gpu.start(&k.neuron_scores(1, n), &params));
+        gpu.report("neuron_scores", &format!("B={rows} n={n} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        gpu.random_into(scores.at, 2 * u64::from(n));
+        let us = gpu.time(1, |_| gpu.start(&launch, &params));
+        let bytes = f64::from(rows) * f64::from(n) * 4.0 * f64::from(splits);
+        gpu.report("select_neurons", &format!("B={rows} n={n} splits {splits}"), &format!(r#""rows":{rows}"#), us, bytes);
+    }
+}
+
+/// The kernels between the products, LLaMA-3.1-8B.
+pub(crate) fn small(gpu: &Gpu) {
+    let (d, heads, kv_heads, hd, ffn) = (4096u32, 32u32, 8u32, 128u32, 14336u32);
+    let k = gpu.kernels(hd, heads / kv_heads);
+    for rows in [1, 8, 64, 256] {
+        let columns = (heads + 2 * kv_heads) * hd;
+        let splits = k.linear(rows, columns, d).1;
+        let sums = gpu.room(u64::from(rows) * u64::from(columns.max(2 * ffn)) * 4 * 32);
+        let out = gpu.room(u64::from(rows) * u64::from(ffn) * 2);
+        let residual = gpu.room(u64::from(rows) * u64::from(d) * 4);
+        let weight = gpu.random(u64::from(d), 1.0);
+        let norm = NormParams {
+            residual: residual.at,
+            delta: Partial { data: sums.at, splits: k.linear(rows, d, d).1, columns: d },
+            weight: weight.at,
+            out: out.at,
+            rows,
+            hidden: d,
+            epsilon: 1e-5,
+            ..NormParams::default()
+        };
+        let us = gpu.time(1, |_| gpu.start(&k.norm(rows, d), &norm));
+        gpu.report("norm", &format!("B={rows} splits {}", norm.delta.splits), &format!(r#""rows":{rows}"#), us, 0.0);
+        let kv = gpu.room(u64::from(rows) * u64::from(kv_heads) * 8192);
+        let rotation = gpu.room(4 * u64::from(rows) * u64::from(hd));
+        let index: Vec<u32> = (0..rows).collect();
+        let (positions, slots) = (gpu.words(&index), gpu.words(&index.iter().map(|i| i * 16).collect::<Vec<_>>()));
+        let qkv = QkvParams {
+            qkv: Partial { data: sums.at, splits, columns },
+            rotation: rotation.at,
+            positions: positions.at,
+            kv_slot: slots.at,
+            q: out.at,
+            kv: kv.at,
+            rows,
+            heads,
+            kv_heads,
+            head_dim: hd,
+            ..QkvParams::default()
+        };
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads), &qkv));
+        gpu.report("qkv", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        let act = ActivateParams {
+            input: Partial { data: sums.at, splits: k.linear(rows, 2 * ffn, d).1, columns: 2 * ffn },
+            out: out.at,
+            rows,
+            n: ffn,
+            valid: ffn,
+            kind: 1,
+            ..ActivateParams::default()
+        };
+        let us = gpu.time(1, |_| gpu.start(&k.activate(rows, ffn), &act));
+        gpu.report("activate", &format!("B={rows} splits {}", act.input.splits), &format!(r#""rows":{rows}"#), us, 0.0);
+        let (keep, selected, nan) =
+            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
+        let select = SelectParams {
+            logits: Partial { data: sums.at, splits: k.linear(rows, kv_heads, d).1, columns: kv_heads },
+            keep: keep.at,
+            selected: selected.at,
+            attention: out.at,
+            nan_count: nan.at,
+            rows,
+            units: kv_heads,
+            unit_width: hd * heads / kv_heads,
+            ..SelectParams::default()
+        };
+        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows), &select));
+        gpu.report("select_heads", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        product(gpu, "linear", "attention router", rows, kv_heads, d, None);
+    }
+    for rows in [1, 64] {
+        let vocab = 128_256;
+        let logits = gpu.random(u64::from(rows * vocab) * 2, 1.0);
+        let (token, logprob) = (gpu.room(4 * u64::from(rows)), gpu.room(4 * u64::from(rows)));
+        let (parts, counters) = (gpu.room(12 * 32 * u64::from(rows)), gpu.room(4 * u64::from(rows)));
+        let params = ArgmaxParams {
+            logits: logits.at,
+            token: token.at,
+            logprob: logprob.at,
+            parts: parts.at,
+            counters: counters.at,
+            vocab,
+        };
+        let us = gpu.time(1, |_| gpu.start(&k.argmax(rows), &params));
+        gpu.report("argmax", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, f64::from(rows * vocab) * 4.0);
+    }
+}
+
+/// Prefill attention, one causal prompt, LLaMA-3.1-8B.
+pub(crate) fn prefill(gpu: &Gpu) {
+    let (heads, kv_heads, hd) = (32u32, 8u32, 128u32);
+    let k = gpu.kernels(hd, heads / kv_heads);
+    for tokens in [512u32, 2048, 4096] {
+        let pages = tokens / 16;
+        let pool = gpu.random(u64::from(pages) * u64::from(kv_heads) * 4096, 1.0);
+        let table = gpu.words(&Rng(5).shuffled(pages));
+        let q = gpu.random(u64::from(tokens * heads * hd), 1.0);
+        let out = gpu.room(u64::from(tokens * heads * hd) * 2);
+        let each = k.tile_tokens();
+        // Longest first.
+        let tiles: Vec<u32> = (0..tokens.div_ceil(each))
+            .rev()
+            .flat_map(|i| [i * each, each.min(tokens - i * each), i * each, tokens, 0])
+            .collect();
+        let tiles_d = gpu.words(&tiles);
+        let params = PrefillParams {
+            q: q.at,
+            kv: pool.at,
+            pages: table.at,
+            tiles: tiles_d.at,
+            out: out.at,
+            heads,
+            kv_heads,
+            window: NONE,
+            scale: std::f32::consts::LOG2_E / (hd as f32).sqrt(),
+        };
+        let launch = k.prefill(tiles.len() as u32 / 5, kv_heads).unwrap();
+        let us = gpu.time(1, |_| gpu.start(&launch, &params));
+        let flops = 2.0 * f64::from(tokens) * f64::from(tokens) * f64::from(heads * hd);
+        println!("attention_prefill  causal {tokens}: {us:.1} us, {:.0} TFLOP/s", flops / us / 1e6);
+        println!(r#"{{"kind":"kernel","kernel":"attention_prefill","tokens":{tokens},"us":{us:.2},"tflops":{:.1}}}"#, flops / us / 1e6);
+    }
+    gpu.device.synchronize().unwrap();
+}

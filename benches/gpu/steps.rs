@@ -1,0 +1,181 @@
+//! Whole decode steps of real shapes with random weights: dense and Polar, through the backend's own
+//! path (tables, recorded step, token fetch), without a scheduler.
+
+use crate::shapes::{Model, all};
+use polar_sparsity::backend::cuda::driver::Driver;
+use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
+use polar_sparsity::backend::decode::{Run, enqueue};
+use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
+use polar_sparsity::sample::Params;
+use polar_sparsity::sparsity::{MlpMode, Options, Policy, SeqDemand, SeqSetting};
+use std::sync::Arc;
+use std::time::Instant;
+
+struct Greedy;
+
+impl History for Greedy {
+    fn tokens(&self, _: u32) -> (&[u32], usize) {
+        (&[], 0)
+    }
+    fn params(&self, _: u32) -> &Params {
+        &Params::GREEDY
+    }
+}
+
+/// Median of whole steps, and of the host's part of them, milliseconds.
+struct Times {
+    step: f64,
+    host: f64,
+}
+
+/// `wanted`: names of models, all when empty; `few`: only the points of the plan.
+pub(crate) fn steps(device: Arc<Driver>, ceiling: f64, wanted: &[String], few: bool) {
+    println!("model B S density | dense ms (host) | polar ms (host) | ratio, floor ratio | dense/floor | polar tokens/s");
+    for model in all() {
+        if !wanted.is_empty() && !wanted.iter().any(|w| w == model.name) {
+            continue;
+        }
+        let cuda = Cuda::new(Arc::clone(&device), true);
+        let weights = CudaWeights::random(&device, &model.spec).unwrap();
+        let info = model.routers();
+        let routers = CudaRouters::random(&device, &model.spec, &info).unwrap();
+        for batch in [1u32, 8, 32, 64, 128, 256] {
+            for context in [1024u32, 2048, 4096, 8192] {
+                let planned = matches!((batch, context), (1, 1024) | (8, 2048) | (64, 2048) | (64, 8192));
+                if context > model.spec.max_positions || (few && !planned) {
+                    continue;
+                }
+                let bytes = u64::from(batch) * u64::from(context / 16) * cuda.page_bytes(&weights);
+                if bytes + (3 << 30) > cuda.free_memory().unwrap() {
+                    continue;
+                }
+                point(&cuda, &weights, &routers, &model, ceiling, batch, context);
+            }
+        }
+    }
+}
+
+fn point(
+    cuda: &Cuda<Driver>,
+    weights: &CudaWeights<Driver>,
+    routers: &CudaRouters<Driver>,
+    model: &Model,
+    ceiling: f64,
+    batch: u32,
+    context: u32,
+) {
+    let pages = context.div_ceil(16) as usize * batch as usize;
+    let limits = Limits {
+        max_batch: batch as usize,
+        max_rows: batch as usize,
+        pages,
+        max_context: context as usize,
+    };
+    let mut kv = cuda.kv(weights, &limits).unwrap();
+    cuda.fill_random(weights, &mut kv).unwrap();
+    let mut scratch = cuda.scratch(weights, Some(routers), &limits).unwrap();
+    let mut run = |density: f32, mlp: MlpMode| {
+        let step = make(cuda, weights, model, &limits, batch, context, density, mlp);
+        let mut report = Report::with_limits(&limits).unwrap();
+        let (mut whole, mut host) = (vec![], vec![]);
+        for i in 0..13 {
+            let start = Instant::now();
+            let mut r = Run { backend: cuda, weights, routers: Some(routers), kv: &mut kv, scratch: &mut scratch };
+            enqueue(&mut r, &step, &Greedy, &mut report).unwrap();
+            let enqueued = start.elapsed().as_secs_f64() * 1e3;
+            assert!(cuda.poll(&mut scratch, &step, &mut report, u64::MAX).unwrap());
+            if i >= 3 {
+                whole.push(start.elapsed().as_secs_f64() * 1e3);
+                host.push(enqueued);
+            }
+        }
+        let median = |v: &mut Vec<f64>| {
+            v.sort_by(f64::total_cmp);
+            v[v.len() / 2]
+        };
+        (Times { step: median(&mut whole), host: median(&mut host) }, report.kv_bytes_read as f64)
+    };
+    let (dense, kv_dense) = run(1.0, MlpMode::Dense);
+    let relu = model.kept(1) < 1.0;
+    let (polar, kv_polar) = run(model.density, if relu { MlpMode::Reference } else { MlpMode::Dense });
+    let s = &model.spec;
+    let embed = if s.tied_head { 0.0 } else { f64::from(s.vocab_size) * f64::from(s.hidden_size) * 2.0 };
+    let fixed = cuda.weight_bytes(weights) as f64 - embed;
+    let mlp = f64::from(s.num_layers) * f64::from(s.hidden_size) * f64::from(s.ffn_size) * 4.0;
+    let kept = model.kept(batch);
+    let sparse_mlp = if relu && kept < 0.8 {
+        mlp * kept + f64::from(s.num_layers) * 2.0 * 1024.0 * f64::from(s.hidden_size + s.ffn_size)
+    } else {
+        mlp
+    };
+    let floor_dense = (fixed + kv_dense) / ceiling / 1e9;
+    let floor_polar = (fixed - if relu { mlp - sparse_mlp } else { 0.0 } + kv_polar) / ceiling / 1e9;
+    println!(
+        "{:<13} {batch:>4} {context:>5} {:.3} | {:7.3} ({:.3}) | {:7.3} ({:.3}) | {:.2}x of {:.2}x | {:.2} | {:.0}",
+        model.name,
+        model.density,
+        dense.step,
+        dense.host,
+        polar.step,
+        polar.host,
+        dense.step / polar.step,
+        floor_dense / floor_polar,
+        dense.step / floor_dense,
+        f64::from(batch) / polar.step * 1e3,
+    );
+    println!(
+        r#"{{"kind":"step","model":"{}","batch":{batch},"context":{context},"density":{},"dense_ms":{:.4},"polar_ms":{:.4},"speedup":{:.4},"floor_speedup":{:.4},"floor_ms":{:.4},"polar_floor_ms":{:.4},"host_ms":{:.4},"tokens_s":{:.1}}}"#,
+        model.name,
+        model.density,
+        dense.step,
+        polar.step,
+        dense.step / polar.step,
+        floor_dense / floor_polar,
+        floor_dense,
+        floor_polar,
+        polar.host,
+        f64::from(batch) / polar.step * 1e3,
+    );
+}
+
+#[allow(clippy::too_many_arguments, reason = "one call")]
+fn make(
+    cuda: &Cuda<Driver>,
+    weights: &CudaWeights<Driver>,
+    model: &Model,
+    limits: &Limits,
+    batch: u32,
+    context: u32,
+    density: f32,
+    mlp: MlpMode,
+) -> Step {
+    let mut step = Step::with_limits(limits, model.spec.num_layers as usize).unwrap();
+    let pages = context.div_ceil(16);
+    let mut demands = vec![];
+    for i in 0..batch {
+        step.tokens.push(1 + i);
+        step.positions.push(context - 1);
+        step.logit_rows.push(i);
+        let first_page = step.pages.len() as u32;
+        // Pages of different sequences interleave, as they do after a while of serving.
+        step.pages.extend((0..pages).map(|p| p * batch + i));
+        step.seqs.push(SeqStep {
+            slot: i,
+            first_row: i,
+            n_rows: 1,
+            context,
+            first_page,
+            n_pages: pages,
+            decode: true,
+            mlp,
+            logits: i,
+            sample: true,
+        });
+        demands.push(SeqDemand { setting: SeqSetting { attn_density: Some(density), mlp }, context });
+    }
+    let options = Options::default();
+    let page = cuda.page_bytes(weights) / PAGE_TOKENS as u64;
+    let policy = Policy::new(&model.spec, Some(model.routers()), options, cuda.weight_bytes(weights), page).unwrap();
+    policy.fill(&mut step.plan, &demands);
+    step
+}

@@ -1,0 +1,75 @@
+// Small things every kernel uses: 16-byte loads, reductions over a warp and a block.
+#pragma once
+#include "ptx.cuh"
+#include "params.h"
+
+struct alignas(16) Words4 { uint32_t w[4]; };
+struct alignas(8) Words2 { uint32_t w[2]; };
+
+#define NEGATIVE_INFINITY float_of_bits(0xff800000u)
+
+template <class T> DEVICE T from_float(float v) { return T{(uint16_t)pack2<T>(v, 0.0f)}; }
+
+DEVICE float warp_sum(float v) {
+    for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
+    return v;
+}
+DEVICE float warp_max(float v) {
+    for (int m = 16; m; m >>= 1) v = fmaxf(v, shuffle_xor(v, m));
+    return v;
+}
+
+// Sum over a block of whole warps (at most 32), the same bits in every thread. `scratch`: 32 floats
+// of shared memory, free for others after the next sync_block().
+DEVICE float block_sum(float v, float* scratch) {
+    v = warp_sum(v);
+    if (lane_index() == 0) scratch[warp_index()] = v;
+    sync_block();
+    float sum = 0;
+    for (int w = 0; w < block_threads() / 32; w++) sum += scratch[w];
+    sync_block();
+    return sum;
+}
+
+// Element (row, column) of a sum of partial matrices with `rows` rows each.
+DEVICE float partial_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t column) {
+    const float* at = p.data + (uint64_t)row * p.columns + column;
+    uint64_t stride = (uint64_t)rows * p.columns;
+    float sum = 0;
+    UNROLL_BY(4) for (uint32_t s = 0; s < p.splits; s++) sum += at[s * stride];
+    return sum;
+}
+
+struct alignas(16) Floats4 { float v[4]; };
+
+// Columns `column` to `column + 3`; both `column` and the number of columns are multiples of 4.
+DEVICE Floats4 partial4_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t column) {
+    const float* at = p.data + (uint64_t)row * p.columns + column;
+    uint64_t stride = (uint64_t)rows * p.columns;
+    Floats4 sum = {{0, 0, 0, 0}};
+    UNROLL_BY(4) for (uint32_t s = 0; s < p.splits; s++) {
+        const Floats4 part = *(const Floats4*)(at + s * stride);
+        UNROLL for (int i = 0; i < 4; i++) sum.v[i] += part.v[i];
+    }
+    return sum;
+}
+
+// Four elements of a 16-bit vector, zeros when it is null.
+template <class T> DEVICE Floats4 load4(const void* from, uint32_t i) {
+    Floats4 out = {{0, 0, 0, 0}};
+    if (from) {
+        struct alignas(8) Four { T v[4]; } x = *(const Four*)((const T*)from + i);
+        UNROLL for (int j = 0; j < 4; j++) out.v[j] = to_float(x.v[j]);
+    }
+    return out;
+}
+template <class T> DEVICE void store4(void* to, uint64_t i, const Floats4& x) {
+    *(Words2*)((T*)to + i) = Words2{{pack2<T>(x.v[0], x.v[1]), pack2<T>(x.v[2], x.v[3])}};
+}
+
+// Bits that sort as floats do; -0 as 0, NaN below everything.
+DEVICE uint32_t sort_key(float v) {
+    if (v != v) return 0;
+    uint32_t b = bits_of_float(v + 0.0f);
+    return b & 0x80000000u ? ~b : b | 0x80000000u;
+}

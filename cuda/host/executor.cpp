@@ -1,0 +1,181 @@
+#include "executor.h"
+#include <string.h>
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <stdlib.h>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+namespace host {
+
+Thread* self;
+int block_x, block_y;
+Grid grid;
+unsigned char* shared;
+
+namespace {
+
+constexpr size_t STACK = 256 * 1024;
+
+struct Fiber {
+    Thread thread;
+    std::unique_ptr<unsigned char[]> stack;
+    bool done = false;
+#ifdef __x86_64__
+    void* sp = nullptr;
+#else
+    ucontext_t context;
+#endif
+};
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+std::vector<int> order;
+const std::function<void()>* body;
+int block_arrived;
+uint64_t block_generation;
+uint64_t progress;
+
+#ifdef __x86_64__
+void* main_sp;
+extern "C" void polar_host_switch(void** save, void* load);
+asm(R"(
+.text
+.globl polar_host_switch
+.type polar_host_switch, @function
+polar_host_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size polar_host_switch, .-polar_host_switch
+.section .note.GNU-stack,"",@progbits
+.text
+)");
+void leave(Fiber& f) { polar_host_switch(&f.sp, main_sp); }
+void enter(Fiber& f) { polar_host_switch(&main_sp, f.sp); }
+#else
+ucontext_t main_context;
+void leave(Fiber& f) { swapcontext(&f.context, &main_context); }
+void enter(Fiber& f) { swapcontext(&main_context, &f.context); }
+#endif
+
+Fiber* current;
+
+void fiber_main() {
+    (*body)();
+    current->done = true;
+    progress++;
+    leave(*current);
+    abort();
+}
+
+void prepare(Fiber& f) {
+    if (!f.stack) f.stack.reset(new unsigned char[STACK]);
+    f.done = false;
+    f.thread.groups.clear();
+    f.thread.open.clear();
+#ifdef __x86_64__
+    // The stack as the switch leaves it: six registers, then the address it returns to. At a
+    // function's entry the stack pointer is 8 past a multiple of 16.
+    uintptr_t top = ((uintptr_t)f.stack.get() + STACK) & ~(uintptr_t)15;
+    void** sp = (void**)(top - 8);
+    *--sp = (void*)&fiber_main;
+    for (int i = 0; i < 6; i++) *--sp = nullptr;
+    f.sp = sp;
+#else
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = STACK;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, &fiber_main, 0);
+#endif
+}
+
+}  // namespace
+
+Warp& warp() { return warps[self->index / 32]; }
+
+void yield() {
+    leave(*current);
+}
+
+template <class Counter> static void barrier(Counter& arrived, uint64_t& generation, int expected) {
+    uint64_t mine = generation;
+    if (++arrived == expected) {
+        arrived = 0;
+        generation++;
+        progress++;
+        return;
+    }
+    while (generation == mine) yield();
+}
+
+void sync_block() { barrier(block_arrived, block_generation, grid.threads); }
+
+void sync_warp() {
+    Warp& w = warp();
+    barrier(w.arrived, w.generation, std::min(32, grid.threads - self->index / 32 * 32));
+}
+
+bool run(const Grid& g, const std::function<void()>& kernel) {
+    grid = g;
+    body = &kernel;
+    fibers.resize(std::max<size_t>(fibers.size(), g.threads));
+    std::vector<int> blocks(g.x * g.y);
+    for (size_t i = 0; i < blocks.size(); i++) blocks[i] = (int)i;
+    std::mt19937 random(g.seed);
+    if (g.seed) std::shuffle(blocks.begin(), blocks.end(), random);
+    std::vector<unsigned char> memory(g.shared_bytes + 2048);
+    shared = (unsigned char*)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023);
+    for (int block : blocks) {
+        block_x = block % g.x;
+        block_y = block / g.x;
+        memset(memory.data(), 0xff, memory.size());  // NaN in every float type
+        warps.assign((g.threads + 31) / 32, Warp());
+        block_arrived = 0;
+        order.resize(g.threads);
+        for (int i = 0; i < g.threads; i++) {
+            order[i] = i;
+            fibers[i].thread.index = i;
+            prepare(fibers[i]);
+        }
+        if (g.seed) std::shuffle(order.begin(), order.end(), random);
+        int left = g.threads;
+        std::vector<int> asleep(warps.size(), 0);
+        while (left) {
+            uint64_t before = progress;
+            bool slept = false;
+            // A warp may fall behind the others by any amount, as on a GPU.
+            for (int& a : asleep) {
+                if (a) a--, slept = true;
+                else if (g.seed && random() % 64 == 0) a = (int)(random() % 512);
+            }
+            for (int i : order) {
+                Fiber& f = fibers[i];
+                if (f.done || asleep[i / 32]) continue;
+                current = &f;
+                self = &f.thread;
+                enter(f);
+                if (f.done) left--;
+            }
+            if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace host

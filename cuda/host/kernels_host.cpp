@@ -1,0 +1,71 @@
+// The kernels as a shared library for a CPU: tests load it and launch by name.
+#include "../kernels.cu"
+#include <string.h>
+
+namespace {
+
+using Entry = void (*)(const void*);
+struct Named { const char* name; Entry entry; };
+
+#define ONE(name, Params) {#name, [](const void* p) { name(*(const Params*)p); }},
+#define BOTH(name, Params) ONE(name##_bf16, Params) ONE(name##_f16, Params)
+#define SIZES(name, Params)                                                                  \
+    ONE(name##_bf16_64, Params) ONE(name##_bf16_80, Params) ONE(name##_bf16_96, Params)      \
+    ONE(name##_bf16_128, Params) ONE(name##_f16_64, Params) ONE(name##_f16_80, Params)       \
+    ONE(name##_f16_96, Params) ONE(name##_f16_128, Params)
+
+const Named kernels[] = {
+    SIZES(attention_decode, DecodeParams)
+    ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
+    SIZES(attention_decode_tall, DecodeParams)
+    SIZES(attention_prefill, PrefillParams)
+    ONE(linear_skinny_bf16_1, LinearParams) ONE(linear_skinny_bf16_2, LinearParams)
+    ONE(linear_skinny_bf16_4, LinearParams) ONE(linear_skinny_bf16_8, LinearParams)
+    ONE(linear_skinny_f16_1, LinearParams) ONE(linear_skinny_f16_2, LinearParams)
+    ONE(linear_skinny_f16_4, LinearParams) ONE(linear_skinny_f16_8, LinearParams)
+    ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
+    ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
+    BOTH(linear_tile_nt, LinearParams)
+    BOTH(linear_tile_nn, LinearParams)
+    BOTH(embed, EmbedParams)
+    BOTH(norm, NormParams)
+    BOTH(qkv, QkvParams)
+    BOTH(activate, ActivateParams)
+    BOTH(select_heads, SelectParams)
+    ONE(select_neurons, NeuronParams)
+    ONE(neuron_scores, NeuronParams)
+    ONE(argmax, ArgmaxParams)
+    ONE(transpose16, TransposeParams)
+    ONE(convert, ConvertParams)
+    ONE(read_stream, StreamParams)
+    BOTH(fill, FillParams)
+};
+
+}  // namespace
+
+// 0: done. 1: no such kernel. 2: threads wait for each other for ever.
+extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
+                                 uint32_t seed, const void* params) {
+    for (const Named& k : kernels) {
+        if (strcmp(k.name, name)) continue;
+        host::Grid grid;
+        grid.x = (int)x;
+        grid.y = (int)y;
+        grid.threads = (int)threads;
+        grid.shared_bytes = shared_bytes;
+        grid.seed = seed;
+        return host::run(grid, [&] { k.entry(params); }) ? 0 : 2;
+    }
+    return 1;
+}
+
+// sizeof of each parameter struct, in the order of params.h.
+extern "C" int polar_host_sizes(uint32_t* out) {
+    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams),
+                              sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
+                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
+    const int n = sizeof sizes / sizeof *sizes;
+    for (int i = 0; i < n; i++) out[i] = sizes[i];
+    return n;
+}

@@ -1,0 +1,187 @@
+// ptx.cuh for a CPU: the same functions, with what hardware leaves undefined made visible.
+// Asynchronous copies fill their target with NaN when issued and write it only when waited for.
+#pragma once
+#include <math.h>
+#include <string.h>
+#include <vector>
+#include "executor.h"
+
+#define KERNEL(threads, blocks) extern "C" void
+#define GRID_CONSTANT
+#define DEVICE static inline
+#define DEVICE_MEMBER inline
+#define SHARED_BYTES(name) unsigned char* name = host::shared
+#define UNROLL
+#define UNROLL_BY(n)
+#define __restrict__
+
+using ::floorf;
+using ::sqrtf;
+
+DEVICE int thread_index() { return host::self->index; }
+DEVICE int block_threads() { return host::grid.threads; }
+DEVICE int block_x() { return host::block_x; }
+DEVICE int block_y() { return host::block_y; }
+DEVICE int grid_x() { return host::grid.x; }
+DEVICE int grid_y() { return host::grid.y; }
+DEVICE int lane_index() { return host::self->index & 31; }
+DEVICE int warp_index() { return host::self->index >> 5; }
+
+DEVICE void let_next_start() {}
+DEVICE void wait_for_previous() {}
+DEVICE void begin_kernel() {}
+
+DEVICE void sync_block() { host::sync_block(); }
+DEVICE void sync_warp() { host::sync_warp(); }
+DEVICE void fence_device() {}
+DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) {
+    uint32_t old = *p;
+    *p = old + v;
+    return old;
+}
+
+DEVICE uint32_t bits_of_float(float v) {
+    uint32_t y;
+    memcpy(&y, &v, 4);
+    return y;
+}
+DEVICE float float_of_bits(uint32_t v) {
+    float y;
+    memcpy(&y, &v, 4);
+    return y;
+}
+
+DEVICE uint32_t shuffle(uint32_t v, int lane) {
+    host::Warp& w = host::warp();
+    w.words[lane_index()][0] = v;
+    sync_warp();
+    uint32_t y = w.words[lane][0];
+    sync_warp();
+    return y;
+}
+DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return shuffle(v, lane_index() ^ mask); }
+DEVICE float shuffle_xor(float v, int mask) { return float_of_bits(shuffle_xor(bits_of_float(v), mask)); }
+DEVICE uint32_t vote(bool v) {
+    host::Warp& w = host::warp();
+    w.words[lane_index()][0] = v;
+    sync_warp();
+    uint32_t y = 0;
+    for (int i = 0; i < 32; i++) y |= (w.words[i][0] & 1u) << i;
+    sync_warp();
+    return y;
+}
+DEVICE int count_bits(uint32_t v) { return __builtin_popcount(v); }
+DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }
+
+DEVICE float exp2_fast(float x) { return exp2f(x); }
+DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float reciprocal_sqrt(float x) { return 1.0f / sqrtf(x); }
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+DEVICE float to_float(bf16 v) { return float_of_bits((uint32_t)v.bits << 16); }
+DEVICE float to_float(f16 v) {
+    _Float16 h;
+    memcpy(&h, &v.bits, 2);
+    return (float)h;
+}
+DEVICE uint32_t round_bf16(float v) {
+    uint32_t b = bits_of_float(v);
+    if (v != v) return 0x7fff;
+    return (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+}
+DEVICE uint32_t round_f16(float v) {
+    _Float16 h = (_Float16)v;
+    uint16_t y;
+    memcpy(&y, &h, 2);
+    return y;
+}
+template <class T> uint32_t pack2(float low, float high);
+template <> inline uint32_t pack2<bf16>(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+template <> inline uint32_t pack2<f16>(float low, float high) { return round_f16(low) | round_f16(high) << 16; }
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t y = 0;
+    for (int i = 0; i < 4; i++) y |= (uint32_t)(both >> (8 * ((order >> (4 * i)) & 7)) & 0xff) << (8 * i);
+    return y;
+}
+
+template <class T> float half_of(uint32_t pair, int which) { return to_float(T{(uint16_t)(pair >> (16 * which))}); }
+
+template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    host::Warp& w = host::warp();
+    int lane = lane_index(), g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; i++) w.words[lane][i] = a[i];
+    for (int i = 0; i < 2; i++) w.words[lane][4 + i] = b[i];
+    sync_warp();
+    for (int i = 0; i < 4; i++) {
+        int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; k++) {
+            uint32_t x = w.words[(row % 8) * 4 + (k % 8) / 2][row / 8 + 2 * (k / 8)];
+            uint32_t y = w.words[column * 4 + (k % 8) / 2][4 + k / 8];
+            sum += half_of<T>(x, k % 2) * half_of<T>(y, k % 2);
+        }
+        c[i] += sum;
+    }
+    sync_warp();
+}
+
+DEVICE void host_finish(const host::Copy& c) {
+    if (c.valid) memcpy(c.target, c.source, c.bytes);
+    else memset(c.target, 0, c.bytes);
+}
+DEVICE void host_issue(void* target, const void* source, uint32_t bytes, bool valid) {
+    memset(target, 0xff, bytes);
+    host::self->open.push_back({target, source, bytes, valid});
+}
+DEVICE void copy_async16(void* target, const void* source, bool valid) { host_issue(target, source, 16, valid); }
+DEVICE void copy_async8(void* target, const void* source, bool valid) { host_issue(target, source, 8, valid); }
+DEVICE void copy_commit() {
+    host::self->groups.push_back(host::self->open);
+    host::self->open.clear();
+}
+template <int N> void copy_wait() {
+    auto& groups = host::self->groups;
+    while (groups.size() > N) {
+        for (const host::Copy& c : groups.front()) host_finish(c);
+        groups.erase(groups.begin());
+    }
+}
+
+// The barrier counts finished loads; the pending one (at most one a stage) lies in a table.
+struct TileBarrier { uint64_t state; };
+struct HostTile {
+    host::Copy copy;
+    bool pending;
+};
+DEVICE HostTile*& host_tile(TileBarrier* b) { return *(HostTile**)&b->state; }
+
+DEVICE void tile_init(TileBarrier* b) {
+    static std::vector<HostTile> pool(4096);
+    static size_t next = 0;
+    HostTile* tile = &pool[next++ % pool.size()];
+    tile->copy = {nullptr, nullptr, 0, true};
+    tile->pending = false;
+    host_tile(b) = tile;
+}
+DEVICE void tile_load(void* target, const void* source, uint32_t bytes, TileBarrier* b) {
+    if (lane_index() == 0) {
+        HostTile* tile = host_tile(b);
+        if (tile->pending) __builtin_trap();  // a stage loaded twice without a wait
+        memset(target, 0xff, bytes);
+        tile->copy = {target, source, bytes, !tile->copy.valid};
+        tile->pending = true;
+    }
+    sync_warp();
+}
+// `copy.valid` flips with every load: true before the first, so load 0 makes it false.
+DEVICE void tile_wait(TileBarrier* b, uint32_t parity) {
+    HostTile* tile = host_tile(b);
+    while (!tile->copy.target || (tile->copy.valid ? 1u : 0u) != parity) host::yield();  // not yet issued
+    if (tile->pending) {
+        memcpy(tile->copy.target, tile->copy.source, tile->copy.bytes);
+        tile->pending = false;
+    }
+}

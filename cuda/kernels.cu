@@ -1,0 +1,11 @@
+// All kernels in one translation unit: one fatbin for a GPU, one object for the host executor.
+#include "attention_decode.cu"
+#include "attention_prefill.cu"
+#include "linear_skinny.cu"
+#include "linear_down.cu"
+#include "linear_tile.cu"
+#include "rows.cu"
+#include "select.cu"
+#include "sample.cu"
+#include "transfer.cu"
+#include "synthetic.cu"

@@ -1,0 +1,204 @@
+// What a launch passes: plain structs, the only file shared with Rust (mirrored in
+// src/backend/cuda/params.rs; tests/cuda_kernels.rs compares sizes). Pointers are device addresses.
+// Counts are elements unless said. `T` is the model's 16-bit type.
+#pragma once
+#include <stdint.h>
+
+#define PAGE_TOKENS 16
+// A page that no row is written to; a selection rule that applies to no sequence.
+#define NONE 0xffffffffu
+// Virtual pages that opening a segment of a sequence costs (see attention_decode.cu).
+#define SEGMENT_COST 2
+
+// Sum of `splits` fp32 matrices [rows][columns], one after another: what the products leave.
+struct Partial {
+    const float* data;
+    uint32_t splits;
+    uint32_t columns;
+};
+
+// residual[row] = table[token] (+ positions[position + offset]).
+struct EmbedParams {
+    const uint32_t* tokens;
+    const uint32_t* positions;
+    const void* table;
+    const void* position_table;  // null: none
+    float* residual;
+    uint32_t hidden;
+    uint32_t position_offset;
+};
+
+// residual += delta + delta_bias; out = norm(residual) * weight + bias.
+struct NormParams {
+    float* residual;          // [rows][hidden]
+    Partial delta;            // splits 0: nothing to add
+    const void* delta_bias;   // null: none
+    const void* weight;
+    const void* bias;         // null: root mean square; else mean and variance
+    void* out;                // T [rows][hidden]
+    const uint32_t* row_map;  // null: row i; else rows to read, residual then left as it was
+    uint32_t rows;            // rows of the residual stream, the stride of delta's splits
+    uint32_t hidden;
+    float epsilon;
+};
+
+// Products into Partial [splits][rows][n].
+struct LinearParams {
+    const void* x;          // T [rows][k]
+    const void* w;          // T [n][k]; for linear_down and linear_tile_nn [k][n]
+    const uint32_t* index;  // null: all; else rows of w, n (down: k) many
+    float* out;
+    uint32_t rows;
+    uint32_t n;
+    uint32_t k;
+    uint32_t splits;
+};
+
+// Biases, q/k norms, rotation; q to `q`, K and V to their pages.
+struct QkvParams {
+    Partial qkv;            // columns (heads + 2 kv_heads) head_dim
+    const void* bias;       // T [columns], null: none
+    const void* q_norm;     // T [head_dim], null: none
+    const void* k_norm;
+    const float* rotation;  // [position][head_dim / 2][cos, sin], null: none
+    const uint32_t* positions;
+    const uint32_t* kv_slot;  // page * 16 + place in the page, NONE: row is padding
+    void* q;                  // T [rows][heads][head_dim]
+    void* kv;                 // T [page][kv_head][K|V][16][head_dim], this layer's
+    uint32_t rows;
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t head_dim;
+    uint32_t norm_dim;  // dimensions of the model's head; the others are zero
+    float epsilon;
+};
+
+// Which units each decode sequence keeps.
+struct SelectParams {
+    Partial logits;        // columns = routers' rows: units or units * group
+    const void* bias;      // T [columns], null: none
+    const uint32_t* keep;  // [sequences] units to keep
+    uint16_t* selected;    // [sequences][units], the first keep[b] ascending
+    void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
+    uint32_t* nan_count;
+    uint32_t rows;         // rows of the step, the stride of logits' splits
+    uint32_t units;
+    uint32_t unit_width;
+};
+
+// One query token per sequence against its pages.
+struct DecodeParams {
+    const void* q;              // T [sequences][heads][head_dim]
+    const void* kv;             // this layer's pages
+    const uint32_t* pages;      // block tables
+    const uint32_t* first_page; // [sequences] into pages, of the first page attention reads
+    const uint32_t* tokens;     // [sequences] tokens from that page's start to the newest
+    const uint32_t* skip;       // [sequences] leading tokens of that page outside the window
+    const uint16_t* selected;   // [sequences][kv_heads], null: all
+    const uint32_t* keep;       // [sequences] kv heads to compute
+    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + SEGMENT_COST)
+    void* out;                  // T [sequences][heads][head_dim]
+    float* parts;               // [workers][2][group][head_dim + 2]
+    uint32_t* counters;         // [sequences][kv_heads], zero between launches
+    uint32_t sequences;
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t stages;            // loads under way per warp
+    uint32_t min_pages;         // fewest virtual pages per worker
+    float scale;                // of q k, times log2(e)
+};
+
+// A tile of query tokens of one sequence.
+struct PrefillTile {
+    uint32_t first_row;   // of q and out
+    uint32_t tokens;      // query tokens in the tile
+    uint32_t position;    // of the first one
+    uint32_t context;     // tokens of the sequence in the cache
+    uint32_t first_page;  // of the sequence, into pages
+};
+
+struct PrefillParams {
+    const void* q;
+    const void* kv;
+    const uint32_t* pages;
+    const struct PrefillTile* tiles;
+    void* out;
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t window;  // NONE: unlimited
+    float scale;
+};
+
+// MLP activation: out = relu(up), silu(gate) up or relu(gate) up.
+struct ActivateParams {
+    Partial in;             // columns n, or 2 n with the gate first
+    const void* gate_bias;  // null: none
+    const void* up_bias;
+    const uint32_t* index;  // null: neuron j; else neuron index[j]
+    const uint32_t* masks;  // null: none; else bits per group [groups][(n + 31) / 32]
+    const uint32_t* group;  // [rows] group whose mask applies, NONE: all neurons
+    void* out;              // T [rows][n]
+    uint32_t rows;
+    uint32_t n;
+    uint32_t valid;         // columns from here on become zero
+    uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
+};
+
+// The neurons with the largest sums of positive logits over the rows of a group.
+struct NeuronParams {
+    Partial logits;         // columns at least n
+    float* scores;          // [groups of this launch][n]
+    const uint32_t* group;  // [rows]
+    uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
+    uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
+    uint32_t* nan_count;
+    uint32_t rows;
+    uint32_t n;
+    uint32_t keep0;         // for group 0; NONE: that group keeps all
+    uint32_t keep_other;    // for every other group
+    uint32_t first_group;   // group of block 0
+};
+
+// Largest logit and log-sum-exp of each row.
+struct ArgmaxParams {
+    const float* logits;  // [rows][vocab]
+    uint32_t* token;
+    float* logprob;       // of that token; NaN: no finite logit
+    float* parts;         // [rows][blocks][3]
+    uint32_t* counters;   // [rows], zero between launches
+    uint32_t vocab;
+};
+
+// out[c][r] = in[r][c], 16-bit elements; `in_rows` rows starting at column `first` of out.
+struct TransposeParams {
+    const void* in;
+    void* out;
+    uint32_t in_rows;
+    uint32_t columns;
+    uint32_t out_columns;
+    uint32_t first;
+};
+
+// 16-bit out from fp32 or the other 16-bit type. kinds: 0 f32, 1 bf16, 2 f16.
+struct ConvertParams {
+    const void* in;
+    void* out;
+    uint64_t count;
+    uint32_t in_kind;
+    uint32_t out_kind;
+};
+
+// Benchmarks: memory to read, and random contents.
+struct StreamParams {
+    const void* at;
+    void* sink;
+    uint64_t count;  // of 16 bytes
+};
+
+struct FillParams {
+    void* at;
+    uint64_t count;
+    uint64_t seed;
+    float scale;
+    float offset;
+};

@@ -1,0 +1,191 @@
+// Every PTX instruction and every CUDA built-in the kernels use, behind plain functions.
+// A kernel includes this file and nothing else of CUDA; host/ptx_host.h implements the same
+// functions for a CPU, so the kernels' logic is tested where there is no GPU.
+//
+// Conventions: all 32 lanes of a warp call a warp function together; all threads of a block call
+// sync_block() together.
+#pragma once
+
+#ifndef __CUDACC__
+#include "host/ptx_host.h"
+#else
+
+#include <stdint.h>
+
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define GRID_CONSTANT __grid_constant__
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
+#define SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
+#define UNROLL _Pragma("unroll")
+#define PRAGMA_TEXT(text) _Pragma(#text)
+#define UNROLL_BY(n) PRAGMA_TEXT(unroll n)
+
+// ---- where a thread is -------------------------------------------------------------------------
+
+DEVICE int thread_index() { return (int)threadIdx.x; }
+DEVICE int block_threads() { return (int)blockDim.x; }
+DEVICE int block_x() { return (int)blockIdx.x; }
+DEVICE int block_y() { return (int)blockIdx.y; }
+DEVICE int grid_x() { return (int)gridDim.x; }
+DEVICE int grid_y() { return (int)gridDim.y; }
+DEVICE int lane_index() { return (int)(threadIdx.x & 31); }
+DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
+
+// ---- order between kernels ---------------------------------------------------------------------
+
+// Kernels of a step are started before the one before them has ended (programmatic dependent launch),
+// so each one waits before it reads or writes anything another kernel touches; only weights and step
+// tables may be read earlier. Every kernel calls both, every block of it, before any return.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void begin_kernel() {
+    let_next_start();
+    wait_for_previous();
+}
+
+// ---- barriers, fences, atomics -----------------------------------------------------------------
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void fence_device() { __threadfence(); }
+DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+
+// ---- warp exchange -----------------------------------------------------------------------------
+
+DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
+DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
+DEVICE int count_bits(uint32_t v) { return __popc(v); }
+DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
+
+// ---- arithmetic --------------------------------------------------------------------------------
+
+DEVICE float float_of_bits(uint32_t v) { return __uint_as_float(v); }
+DEVICE uint32_t bits_of_float(float v) { return __float_as_uint(v); }
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
+DEVICE float log2_fast(float x) { return __log2f(x); }
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+DEVICE float to_float(bf16 v) { return __uint_as_float((uint32_t)v.bits << 16); }
+DEVICE float to_float(f16 v) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v.bits));
+    return y;
+}
+// Two floats rounded to nearest even, `low` in the low half.
+template <class T> DEVICE uint32_t pack2(float low, float high);
+template <> __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+template <> __device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+// Bytes of (a, b), numbered 0-3 in a and 4-7 in b, picked by the four nibbles of `order`.
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t order) { return __byte_perm(a, b, order); }
+
+// c += a b with a 16x16, b 16x8, c 16x8. Lane = 4 g + t holds
+//   a: [0] (row g, k 2t..), [1] (row g+8, k 2t..), [2] (row g, k 2t+8..), [3] (row g+8, k 2t+8..)
+//   b: [0] (k 2t.., column g), [1] (k 2t+8.., column g)
+//   c: [0] (g, 2t), [1] (g, 2t+1), [2] (g+8, 2t), [3] (g+8, 2t+1)
+template <class T> DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- copies from global to shared memory -------------------------------------------------------
+
+DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// One thread's 16 (8) bytes, zeros when not valid; both addresses aligned. Done after copy_wait.
+DEVICE void copy_async16(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+DEVICE void copy_async8(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(valid ? 8 : 0) : "memory");
+}
+// Closes a group of this thread's copies.
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's groups are still under way.
+template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+// A warp's tile loader: one barrier per pipeline stage, in shared memory.
+// sm_90 and later: one bulk copy per tile; before: 16-byte copies by all lanes.
+struct TileBarrier { uint64_t state; };
+
+#if __CUDA_ARCH__ >= 900
+constexpr int TILE_ARRIVALS = 1;
+#else
+constexpr int TILE_ARRIVALS = 32;
+#endif
+
+// By one thread, before a sync_block() that comes before the first load.
+DEVICE void tile_init(TileBarrier* b) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(TILE_ARRIVALS) : "memory");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// By a whole warp that has finished reading the stage (sync_warp() before). `bytes` is a multiple
+// of 16; addresses are 16-byte aligned.
+DEVICE void tile_load(void* shared, const void* global, uint32_t bytes, TileBarrier* b) {
+#if __CUDA_ARCH__ >= 900
+    if (lane_index() == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+        asm volatile("{\n .reg .b64 policy;\n"
+                     " createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                     " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}"
+                     :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+    }
+#else
+    const char* source = (const char*)global;
+    char* target = (char*)shared;
+    for (uint32_t i = lane_index() * 16; i < bytes; i += 512)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(target + i)), "l"(source + i) : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(b)) : "memory");
+#endif
+}
+// By every lane: returns when the load number `parity` (0, 1, 0, …) of this stage is in place.
+DEVICE void tile_wait(TileBarrier* b, uint32_t parity) {
+    uint32_t done = 0;
+    while (!done) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.b32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+#else
+        asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.b32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+#endif
+    }
+}
+
+#endif

@@ -1,0 +1,86 @@
+//! What the stages need of a device: memory, copies and launches on one stream, in order.
+
+use super::launch::Launch;
+use super::params::{LinearParams, Params, Ptr};
+use crate::dtype::DType;
+use crate::error::Result;
+
+/// A device with one stream. Calls take effect in the order they are made.
+pub trait Device: Send + Sync + 'static {
+    /// Model name, for reports.
+    fn name(&self) -> String;
+    /// Multiprocessors.
+    fn multiprocessors(&self) -> u32;
+    /// Shared memory one block may use, bytes.
+    fn shared_per_block(&self) -> u32;
+    /// Free device memory, bytes.
+    fn free_memory(&self) -> Result<u64>;
+
+    /// Memory, at least 256-byte aligned.
+    fn alloc(&self, bytes: u64) -> Result<Ptr>;
+    /// Gives memory back. Only addresses `alloc` gave.
+    fn free(&self, at: Ptr);
+    /// Host to device; `from` may change once this returns.
+    fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    /// Device to host; waits.
+    fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    /// Fills with zero bytes.
+    fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
+    /// Starts a kernel. `params` are the bytes of its parameter struct.
+    fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    /// Starts a product of many rows by a vendor's library, sums in one part; `transposed`: the matrix
+    /// is stored `[k, n]`. False: there is none, use a kernel.
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+    /// Waits for everything started.
+    fn synchronize(&self) -> Result<()>;
+
+    /// Waits up to `timeout_ns` for everything started; true when it is done.
+    fn finished(&self, timeout_ns: u64) -> Result<bool>;
+
+    /// Starts recording launches instead of running them; false: cannot.
+    fn record(&self) -> Result<bool>;
+    /// Ends recording; the recorded launches as a program of this device.
+    fn recorded(&self) -> Result<u64>;
+    /// Runs a recorded program.
+    fn replay(&self, program: u64) -> Result<()>;
+    /// Drops a recorded program.
+    fn forget(&self, program: u64);
+}
+
+/// Starts a kernel with its parameters.
+pub fn start<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
+    // SAFETY: `Params` are plain repr(C) structs; their bytes are read only.
+    let bytes = unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) };
+    device.start(launch, bytes)
+}
+
+/// Any device behind one type.
+pub struct AnyDevice(pub Box<dyn Device>);
+
+macro_rules! forward {
+    ($($(#[$doc:meta])* fn $name:ident(&self $(, $arg:ident: $ty:ty)*) $(-> $out:ty)?;)*) => {
+        impl Device for AnyDevice {
+            $(fn $name(&self $(, $arg: $ty)*) $(-> $out)? { self.0.$name($($arg),*) })*
+        }
+    };
+}
+
+forward! {
+    fn name(&self) -> String;
+    fn multiprocessors(&self) -> u32;
+    fn shared_per_block(&self) -> u32;
+    fn free_memory(&self) -> Result<u64>;
+    fn alloc(&self, bytes: u64) -> Result<Ptr>;
+    fn free(&self, at: Ptr);
+    fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
+    fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+    fn synchronize(&self) -> Result<()>;
+    fn finished(&self, timeout_ns: u64) -> Result<bool>;
+    fn record(&self) -> Result<bool>;
+    fn recorded(&self) -> Result<u64>;
+    fn replay(&self, program: u64) -> Result<()>;
+    fn forget(&self, program: u64);
+}

@@ -1,0 +1,348 @@
+//! Kernels by name, and the grid, threads and shared memory of each launch.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// A kernel: its place in [`NAMES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Id(pub u16);
+
+/// How a kernel is started.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Which kernel.
+    pub kernel: Id,
+    /// Blocks, x and y.
+    pub grid: (u32, u32),
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, bytes.
+    pub shared: u32,
+}
+
+macro_rules! names {
+    ($($name:literal)*) => {
+        /// Every kernel of `cuda/kernels.cu`.
+        pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
+            "neuron_scores", "select_neurons", "argmax", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
+            "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
+            "attention_decode_bf16_128", "attention_decode_bf16_256",
+            "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
+            "attention_decode_f16_128", "attention_decode_f16_256",
+            "attention_decode_tall_bf16_64", "attention_decode_tall_bf16_80",
+            "attention_decode_tall_bf16_96", "attention_decode_tall_bf16_128",
+            "attention_decode_tall_f16_64", "attention_decode_tall_f16_80",
+            "attention_decode_tall_f16_96", "attention_decode_tall_f16_128",
+            "attention_prefill_bf16_64", "attention_prefill_bf16_80", "attention_prefill_bf16_96",
+            "attention_prefill_bf16_128",
+            "attention_prefill_f16_64", "attention_prefill_f16_80", "attention_prefill_f16_96",
+            "attention_prefill_f16_128",
+            "linear_skinny_bf16_1", "linear_skinny_bf16_2", "linear_skinny_bf16_4", "linear_skinny_bf16_8",
+            "linear_skinny_f16_1", "linear_skinny_f16_2", "linear_skinny_f16_4", "linear_skinny_f16_8",
+            "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
+            "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
+        ];
+    };
+}
+
+names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn" }
+
+/// The kernel of that name.
+pub fn find(name: &str) -> Option<Id> {
+    NAMES.iter().position(|n| *n == name).map(|i| Id(i as u16))
+}
+
+/// Rows above which the skinny products give way to the tiled one.
+pub const SKINNY_ROWS: u32 = 64;
+/// Rows up to which our own products are used even where the vendor's library is found.
+pub const LIBRARY_ROWS: u32 = 32;
+/// Columns (of the output) from which the library is faster at any number of rows.
+pub const LIBRARY_COLUMNS: u32 = 16_384;
+/// Most parts of a down product's sum.
+pub const MAX_DOWN_SPLITS: u32 = 16;
+/// Most blocks that share one row of logits.
+pub const ARGMAX_PIECES: u32 = 32;
+/// Most units (KV heads) a selection takes.
+pub const MAX_UNITS: u32 = 256;
+/// Packed query rows of a prefill tile.
+pub const TILE_ROWS: u32 = 64;
+
+/// The kernels of one 16-bit type and head size, with what their launches need to know.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    embed: Id,
+    norm: Id,
+    qkv: Id,
+    activate: Id,
+    select_heads: Id,
+    tile: [Id; 2],
+    scores: Id,
+    neurons: Id,
+    argmax: Id,
+    transpose: Id,
+    convert: Id,
+    decode: Id,
+    prefill: Option<Id>,
+    skinny: [Id; 4],
+    down: [Id; 3],
+    head_dim: u32,
+    group: u32,
+    /// Loads each warp of the decode attention keeps under way.
+    pub stages: u32,
+    multiprocessors: u32,
+    shared_per_block: u32,
+}
+
+fn by_name(name: &str) -> Result<Id> {
+    find(name).ok_or_else(|| Error::unsupported(format!("kernel {name}: not in this build")))
+}
+
+impl Kernels {
+    /// The kernels for a type, head size and group (query heads per KV head).
+    pub fn new(
+        dtype: DType,
+        head_dim: u32,
+        group: u32,
+        multiprocessors: u32,
+        shared_per_block: u32,
+    ) -> Result<Kernels> {
+        let t = match dtype {
+            DType::BF16 => "bf16",
+            DType::F16 => "f16",
+            other => {
+                return Err(Error::unsupported(format!(
+                    "kernels for {}: bfloat16 and float16 are built",
+                    other.name()
+                )));
+            }
+        };
+        if !(1..=16).contains(&group) {
+            return Err(Error::unsupported(format!("{group} query heads per KV head: kernels take 1 to 16")));
+        }
+        let tall = if group > 8 { "_tall" } else { "" };
+        let each = |base: &str| by_name(&format!("{base}_{t}"));
+        let tile_bytes = 2 * 16 * head_dim * 2;
+        // Two blocks a multiprocessor (one at head size 256), as many loads as fit.
+        let blocks = if head_dim > 128 { 1 } else { 2 };
+        let room = shared_per_block.min((shared_per_block + 1024) / blocks - 1024);
+        let fixed = decode_fixed_bytes(head_dim, group);
+        let stages = room.saturating_sub(fixed) / (4 * (tile_bytes + 8));
+        let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
+        let unsupported = |e: Error| {
+            Error::unsupported(format!("head size {head_dim} with {group} query heads per KV head: {}", e.message))
+        };
+        Ok(Kernels {
+            embed: each("embed")?,
+            norm: each("norm")?,
+            qkv: each("qkv")?,
+            activate: each("activate")?,
+            select_heads: each("select_heads")?,
+            tile: [each("linear_tile_nt")?, each("linear_tile_nn")?],
+            scores: by_name("neuron_scores")?,
+            neurons: by_name("select_neurons")?,
+            argmax: by_name("argmax")?,
+            transpose: by_name("transpose16")?,
+            convert: by_name("convert")?,
+            decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
+            prefill: sized("attention_prefill").ok(),
+            skinny: [
+                by_name(&format!("linear_skinny_{t}_1"))?,
+                by_name(&format!("linear_skinny_{t}_2"))?,
+                by_name(&format!("linear_skinny_{t}_4"))?,
+                by_name(&format!("linear_skinny_{t}_8"))?,
+            ],
+            down: [
+                by_name(&format!("linear_down_{t}_1"))?,
+                by_name(&format!("linear_down_{t}_2"))?,
+                by_name(&format!("linear_down_{t}_4"))?,
+            ],
+            head_dim,
+            group,
+            stages: stages.clamp(1, 8),
+            multiprocessors,
+            shared_per_block,
+        })
+    }
+
+    /// Embedding rows.
+    pub fn embed(&self, rows: u32) -> Launch {
+        Launch { kernel: self.embed, grid: (rows, 1), threads: 256, shared: 0 }
+    }
+
+    /// Norms of `rows` rows.
+    pub fn norm(&self, rows: u32, hidden: u32) -> Launch {
+        Launch { kernel: self.norm, grid: (rows, 1), threads: 512, shared: (32 + hidden) * 4 }
+    }
+
+    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v).
+    pub fn qkv(&self, rows: u32, heads: u32) -> Launch {
+        let y = (2 * self.multiprocessors / rows.max(1)).clamp(1, heads.div_ceil(8));
+        Launch { kernel: self.qkv, grid: (rows, y), threads: 256, shared: 0 }
+    }
+
+    /// Activation of `n` neurons.
+    pub fn activate(&self, rows: u32, n: u32) -> Launch {
+        let y = (8 * self.multiprocessors / rows.max(1)).clamp(1, n.div_ceil(1024));
+        Launch { kernel: self.activate, grid: (rows, y), threads: 256, shared: 0 }
+    }
+
+    /// Head selection.
+    pub fn select_heads(&self, sequences: u32) -> Launch {
+        Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: (256 + 8 + 256) * 4 }
+    }
+
+    /// Scores of the neurons of `groups` groups of rows.
+    pub fn neuron_scores(&self, groups: u32, n: u32) -> Launch {
+        Launch { kernel: self.scores, grid: (n.div_ceil(64), groups), threads: 256, shared: 1024 }
+    }
+
+    /// Neuron selection of `groups` groups, from their scores.
+    pub fn select_neurons(&self, groups: u32, n: u32) -> Launch {
+        Launch { kernel: self.neurons, grid: (groups, 1), threads: 1024, shared: neuron_bytes(n) }
+    }
+
+    /// Whether a layer of `n` neurons fits the neuron selection.
+    pub fn neurons_fit(&self, n: u32) -> bool {
+        neuron_bytes(n) <= self.shared_per_block
+    }
+
+    /// Most likely tokens.
+    pub fn argmax(&self, rows: u32) -> Launch {
+        let pieces = (2 * self.multiprocessors / rows.max(1)).clamp(1, ARGMAX_PIECES);
+        Launch { kernel: self.argmax, grid: (pieces, rows), threads: 512, shared: 400 }
+    }
+
+    /// Transposition of `rows` by `columns`.
+    pub fn transpose(&self, rows: u32, columns: u32) -> Launch {
+        Launch {
+            kernel: self.transpose,
+            grid: (columns.div_ceil(32), rows.div_ceil(32)),
+            threads: 256,
+            shared: 32 * 33 * 2,
+        }
+    }
+
+    /// Conversion to a 16-bit type.
+    pub fn convert(&self, count: u64) -> Launch {
+        let blocks = count.div_ceil(1024).clamp(1, 4096) as u32;
+        Launch { kernel: self.convert, grid: (blocks, 1), threads: 256, shared: 0 }
+    }
+
+    /// A read of all of some memory, to measure the device's ceiling.
+    pub fn read_stream(&self) -> Result<Launch> {
+        Ok(Launch { kernel: by_name("read_stream")?, grid: (4 * self.multiprocessors, 1), threads: 512, shared: 0 })
+    }
+
+    /// Random contents of a 16-bit type.
+    pub fn fill(&self, dtype: DType) -> Result<Launch> {
+        let kernel = by_name(if dtype == DType::BF16 { "fill_bf16" } else { "fill_f16" })?;
+        Ok(Launch { kernel, grid: (8 * self.multiprocessors, 1), threads: 256, shared: 0 })
+    }
+
+    /// Blocks of the decode attention: as many as run at once.
+    pub fn decode_workers(&self) -> u32 {
+        self.multiprocessors * if self.head_dim > 128 { 1 } else { 2 }
+    }
+
+    /// Decode attention.
+    pub fn decode(&self) -> Launch {
+        let shared = decode_fixed_bytes(self.head_dim, self.group) + 4 * self.stages * (64 * self.head_dim + 8);
+        Launch { kernel: self.decode, grid: (self.decode_workers(), 1), threads: 128, shared }
+    }
+
+    /// Query tokens of one prefill tile.
+    pub fn tile_tokens(&self) -> u32 {
+        TILE_ROWS / self.group
+    }
+
+    /// Prefill attention over `tiles` tiles; an error for head size 256, which only decode has.
+    pub fn prefill(&self, tiles: u32, kv_heads: u32) -> Result<Launch> {
+        let kernel = self.prefill.ok_or_else(|| {
+            Error::unsupported(format!("prefill attention with head size {}: not built", self.head_dim))
+        })?;
+        let shared = 2 * 4 * (64 * self.head_dim + 8);
+        Ok(Launch { kernel, grid: (tiles, kv_heads), threads: 128, shared })
+    }
+
+    /// `x [rows][k]` times `w [n][k]`: the launch, and into how many parts the sum is cut.
+    pub fn linear(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
+        if rows > SKINNY_ROWS {
+            return self.tiled(self.tile[0], rows, n, k);
+        }
+        let i = skinny_variant(rows);
+        let (nt, mt) = (1u32 << i, if i == 3 { 2 } else { 1 });
+        let tiles = n.div_ceil(64 * mt);
+        let (depth, buffers) = if mt > 1 { (3, 2) } else { (4, 3) };
+        let shared = 4 * depth * mt * 2048 + buffers * nt * 8 * (128 * 2 + 64);
+        let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, if i == 3 { 2 } else { 4 });
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 4);
+        (Launch { kernel: self.skinny[i], grid: (tiles, splits), threads: 128, shared }, splits)
+    }
+
+    /// The same as [`Kernels::linear`] with the sum in one part.
+    pub fn linear_whole(&self, rows: u32, n: u32, k: u32) -> Launch {
+        let (mut launch, splits) = self.linear(rows, n, k);
+        launch.grid.1 /= splits;
+        launch
+    }
+
+    fn tiled(&self, kernel: Id, rows: u32, n: u32, k: u32) -> (Launch, u32) {
+        let (x, y) = (rows.div_ceil(128), n.div_ceil(128));
+        let splits = splits(x * y, self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 8).min(8);
+        (Launch { kernel, grid: (x, y * splits), threads: 256, shared: TILE_SHARED }, splits)
+    }
+
+    /// `x [rows][k]` times `w [k][n]`.
+    pub fn linear_transposed(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
+        if rows > SKINNY_ROWS {
+            return self.tiled(self.tile[1], rows, n, k);
+        }
+        let (i, mt) = match rows {
+            0..=16 => (0, 1u32),
+            17..=32 => (1, 2),
+            _ => (2, 4),
+        };
+        let depth = if mt > 2 { 4 } else { 5 };
+        let tiles = n.div_ceil(256);
+        let shared = 8 * depth * (4 * 512 + 2 * mt * 256);
+        let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, 2);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
+        (Launch { kernel: self.down[i], grid: (tiles, splits), threads: 256, shared }, splits)
+    }
+}
+
+const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
+
+fn skinny_variant(rows: u32) -> usize {
+    match rows {
+        0..=8 => 0,
+        9..=16 => 1,
+        17..=32 => 2,
+        _ => 3,
+    }
+}
+
+/// Steps of the loop that filling and draining a block's pipeline costs.
+const FILL_STEPS: f64 = 4.0;
+
+/// Parts of a sum of `steps` steps so that `tiles` blocks times parts fill `slots` places evenly and
+/// no block is too short; at most `most`, at least 1.
+fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
+    let most = most.clamp(1, 32);
+    (1..=most)
+        .map(|s| {
+            let waves = f64::from((tiles * s).div_ceil(slots));
+            // Each part is also written once and read once by the kernel that adds them.
+            (s, waves * (f64::from(steps) / f64::from(s) + FILL_STEPS) + 0.15 * f64::from(s))
+        })
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .map_or(1, |(s, _)| s)
+}
+
+fn decode_fixed_bytes(head_dim: u32, group: u32) -> u32 {
+    4 * group * head_dim * 4 + 2 * 4 * 16 * 4 + 16
+}
+
+fn neuron_bytes(n: u32) -> u32 {
+    (n + 256 + 2 * n.div_ceil(32) + 2) * 4
+}

@@ -1,0 +1,321 @@
+//! The CUDA backend: what a step's stages launch, on a [`device::Device`].
+//!
+//! The stages know kernels by name ([`launch`]) and their parameters ([`params`]); the device is a
+//! trait, so the same stages run on a GPU through the driver and, in tests, on the host executor of
+//! `cuda/host`, which runs the same kernel sources on the CPU.
+//!
+//! Weights, activations and cache are bf16 or f16 as the model is stored (f32 models become bf16);
+//! sums and the residual stream are f32.
+
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
+pub mod launch;
+#[cfg(feature = "cuda")]
+mod library;
+mod memory;
+pub mod params;
+mod program;
+mod scratch;
+mod shape;
+mod stages;
+mod tables;
+mod weights;
+
+pub use scratch::CudaScratch;
+pub use weights::{CudaRouters, CudaWeights};
+
+use super::step::Sampled;
+use super::{Backend, Caps, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions};
+use crate::error::{Error, Result, try_vec};
+use crate::model::{ModelSpec, Weights};
+use crate::sample;
+use crate::sparsity::router::RouterFile;
+use crate::sparsity::{Counts, Rule, Source};
+use device::Device;
+use memory::Memory;
+use params::{NONE, Ptr};
+use scratch::HostChoice;
+use shape::Shape;
+use std::sync::Arc;
+
+/// The backend on one device.
+pub struct Cuda<D: Device> {
+    device: Arc<D>,
+    records: bool,
+}
+
+/// Pages of all layers.
+pub struct CudaKv<D: Device> {
+    memory: Memory<D>,
+    layer_bytes: u64,
+    pages: usize,
+}
+
+impl<D: Device> CudaKv<D> {
+    fn layer(&self, layer: usize) -> Ptr {
+        self.memory.at.add(self.layer_bytes * layer as u64)
+    }
+}
+
+impl<D: Device> Cuda<D> {
+    /// A backend on `device`; `records`: repeated decode steps become recorded programs.
+    pub fn new(device: Arc<D>, records: bool) -> Cuda<D> {
+        Cuda { device, records }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
+    }
+
+    /// Bytes a model's weights will take, before anything is loaded.
+    pub fn estimate(spec: &ModelSpec) -> Result<u64> {
+        weights::bytes(spec, &Shape::new(spec, None)?)
+    }
+
+    /// Random contents for every page: for benchmarks.
+    pub fn fill_random(&self, w: &CudaWeights<D>, kv: &mut CudaKv<D>) -> Result<()> {
+        let count = kv.layer_bytes * w.shape.layers as u64 / 2;
+        let fill = params::FillParams { at: kv.memory.at, count, seed: 3, scale: 1.0, offset: 0.0 };
+        device::start(&*self.device, &w.kernels.fill(w.shape.dtype)?, &fill)
+    }
+
+    /// Counts of what this step runs, from its plan: selections keep as many units as planned.
+    fn count(w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) {
+        let (units, ffn) = (w.spec.num_kv_heads, u64::from(w.spec.ffn_size));
+        let piece = s.shape.layer_page_bytes() / s.shape.kv_heads as u64;
+        s.counts.fill(Counts::default());
+        s.kv_bytes = (0, 0);
+        for (i, seq) in step.seqs.iter().enumerate().take_while(|(_, q)| q.decode) {
+            let first = w.spec.window.map_or(0, |n| seq.context.saturating_sub(n));
+            let bytes = u64::from((seq.context - 1) / 16 + 1 - first / 16) * piece;
+            let c = &mut s.counts[i];
+            for layer in 0..s.shape.layers {
+                let run = if step.plan.attn_sparse(layer) { step.plan.attn_k(layer, i) } else { units };
+                c.attn_run += u64::from(run);
+                c.attn_total += u64::from(units);
+                s.kv_bytes.0 += u64::from(run) * bytes;
+                s.kv_bytes.1 += u64::from(units) * bytes;
+                c.mlp_run += match step.plan.mlp_rule(layer).of(seq.mlp) {
+                    Rule::TopK(k) if !w.spec.activation.gated() => u64::from(k).min(ffn),
+                    _ => ffn,
+                };
+                c.mlp_total += ffn;
+            }
+        }
+    }
+}
+
+fn layer_of<D: Device>(w: &CudaWeights<D>, layer: usize) -> Result<()> {
+    if layer < w.layers.len() { Ok(()) } else { Err(Error::invalid(format!("layer {layer}"))) }
+}
+
+impl<D: Device> Backend for Cuda<D> {
+    type Weights = CudaWeights<D>;
+    type Routers = CudaRouters<D>;
+    type Kv = CudaKv<D>;
+    type Scratch = CudaScratch<D>;
+
+    fn caps(&self) -> Caps {
+        Caps { name: format!("cuda {}", self.device.name()), asynchronous: true, oracle: false }
+    }
+
+    fn free_memory(&self) -> Result<u64> {
+        self.device.free_memory()
+    }
+
+    fn upload(&self, src: &dyn Weights, options: WeightOptions, progress: Progress<'_>) -> Result<Self::Weights> {
+        CudaWeights::upload(&self.device, src, options.dtype, progress)
+    }
+
+    fn spec<'a>(&self, w: &'a Self::Weights) -> &'a ModelSpec {
+        &w.spec
+    }
+
+    fn weight_bytes(&self, w: &Self::Weights) -> u64 {
+        w.bytes
+    }
+
+    fn upload_routers(&self, spec: &ModelSpec, file: &RouterFile) -> Result<Self::Routers> {
+        CudaRouters::upload(&self.device, spec, file)
+    }
+
+    fn page_bytes(&self, w: &Self::Weights) -> u64 {
+        w.shape.layer_page_bytes() * w.shape.layers as u64
+    }
+
+    fn kv(&self, w: &Self::Weights, limits: &Limits) -> Result<Self::Kv> {
+        let layer_bytes = w.shape.layer_page_bytes().saturating_mul(limits.pages as u64);
+        let bytes = layer_bytes.saturating_mul(w.shape.layers as u64);
+        Ok(CudaKv { memory: Memory::zeroed(&self.device, bytes)?, layer_bytes, pages: limits.pages })
+    }
+
+    fn scratch(
+        &self,
+        w: &Self::Weights,
+        r: Option<&Self::Routers>,
+        limits: &Limits,
+    ) -> Result<Self::Scratch> {
+        CudaScratch::new(&self.device, w, r, limits)
+    }
+
+    fn begin(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
+        s.check(step, s.limits.pages)?;
+        if step.plan.source == Source::Oracle {
+            return Err(Error::unsupported("selection by oracle on a CUDA device"));
+        }
+        let tile = s.kernels.tile_tokens();
+        s.tables.fill(step, w.spec.num_kv_heads, w.spec.window, tile)?;
+        s.tables.upload(&*self.device, step)?;
+        self.device.zero(s.buffers.nan_count, 4)?;
+        s.routed = None;
+        s.host_choices.fill(None);
+        Self::count(w, s, step);
+        self.choose_mode(w, s, step)
+    }
+
+    fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
+        self.run_embed(w, s, step)
+    }
+
+    fn project(
+        &self,
+        w: &Self::Weights,
+        kv: &mut Self::Kv,
+        s: &mut Self::Scratch,
+        step: &Step,
+        layer: usize,
+    ) -> Result<()> {
+        layer_of(w, layer)?;
+        if layer == 0 && step.pages.iter().any(|&p| p as usize >= kv.pages) {
+            return Err(Error::invalid("step: a page is not in the cache"));
+        }
+        self.run_project(w, kv, s, step, layer)
+    }
+
+    fn route(
+        &self,
+        r: &Self::Routers,
+        s: &mut Self::Scratch,
+        step: &Step,
+        layer: usize,
+        site: Site,
+    ) -> Result<()> {
+        self.run_route(r, s, step, layer, site)
+    }
+
+    fn select(&self, s: &mut Self::Scratch, step: &Step, layer: usize, site: Site) -> Result<()> {
+        self.run_select(s, step, layer, site)
+    }
+
+    fn attend(
+        &self,
+        w: &Self::Weights,
+        kv: &mut Self::Kv,
+        s: &mut Self::Scratch,
+        step: &Step,
+        layer: usize,
+        live: Live,
+    ) -> Result<()> {
+        layer_of(w, layer)?;
+        self.run_attend(w, kv, s, step, layer, live)
+    }
+
+    fn mlp(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step, layer: usize, live: Live) -> Result<()> {
+        layer_of(w, layer)?;
+        self.run_mlp(w, s, step, layer, live)
+    }
+
+    fn logits(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
+        self.run_logits(w, s, step)
+    }
+
+    fn sample(&self, s: &mut Self::Scratch, step: &Step, history: &dyn History) -> Result<()> {
+        // The likeliest token is known on the device. Anything else is sampled here, by the code all
+        // backends share, from a copy of the row.
+        for seq in step.seqs.iter().filter(|q| q.sample && q.logits != NO_LOGITS) {
+            let params = history.params(seq.slot);
+            if params.temperature == 0.0 && !params.penalises() && params.n_logprobs == 0 {
+                continue;
+            }
+            let i = seq.logits as usize;
+            let mut logits = std::mem::take(&mut s.host_logits);
+            let copied = self.read_logits(s, i, &mut logits);
+            let (tokens, prompt) = history.tokens(seq.slot);
+            let mut choice =
+                HostChoice { sampled: Sampled::default(), top: [(0, 0.0); sample::MAX_LOGPROBS] };
+            let mut n_top = 0;
+            let put = |token, logprob| {
+                choice.top[n_top] = (token, logprob);
+                n_top += 1;
+            };
+            let chosen = sample::sample(&logits, tokens, prompt, params, &mut s.sampler, put);
+            s.host_logits = logits;
+            copied?;
+            match chosen {
+                Some(c) => {
+                    choice.sampled.token = c.token;
+                    choice.sampled.logprob = c.logprob;
+                    choice.sampled.n_top = n_top as u32;
+                }
+                None => choice.sampled.broken = true,
+            }
+            s.host_choices[i] = Some(choice);
+        }
+        Ok(())
+    }
+
+    fn end(&self, _: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
+        report.clear();
+        Ok(())
+    }
+
+    fn poll(&self, s: &mut Self::Scratch, step: &Step, report: &mut Report, timeout_ns: u64) -> Result<bool> {
+        if !self.device.finished(timeout_ns)? {
+            return Ok(false);
+        }
+        report.clear();
+        let n = step.logit_rows.len();
+        // Tokens, log probabilities and the NaN count lie one after another.
+        let span = (s.buffers.nan_count.0 - s.buffers.token.0) as usize + 4;
+        let mut bytes = try_vec(span, 0u8, "sampled tokens")?;
+        self.device.copy_out(&mut bytes, s.buffers.token)?;
+        let word = |at: usize| {
+            let mut w = [0; 4];
+            w.copy_from_slice(&bytes[at..at + 4]);
+            w
+        };
+        let logprobs = (s.buffers.logprob.0 - s.buffers.token.0) as usize;
+        for i in 0..n {
+            if let Some(choice) = &s.host_choices[i] {
+                let mut sampled = choice.sampled;
+                sampled.first_top = report.top.len() as u32;
+                report.top.extend_from_slice(&choice.top[..sampled.n_top as usize]);
+                report.sampled.push(sampled);
+                continue;
+            }
+            let logprob = f32::from_le_bytes(word(logprobs + 4 * i));
+            report.sampled.push(Sampled {
+                token: u32::from_le_bytes(word(4 * i)),
+                logprob: if logprob.is_nan() { 0.0 } else { logprob },
+                broken: logprob.is_nan(),
+                ..Sampled::default()
+            });
+        }
+        report.nan_scores = u64::from(u32::from_le_bytes(word(span - 4)));
+        report.counts.extend_from_slice(&s.counts[..step.seqs.len()]);
+        (report.kv_bytes_read, report.kv_bytes_dense) = s.kv_bytes;
+        debug_assert!(report.nan_scores != u64::from(NONE));
+        Ok(true)
+    }
+
+    fn read_logits(&self, s: &mut Self::Scratch, index: usize, out: &mut [f32]) -> Result<()> {
+        if index >= s.limits.max_batch || out.len() > s.shape.vocab {
+            return Err(Error::invalid(format!("logits {index}: {} values asked for", out.len())));
+        }
+        // SAFETY: f32s as bytes, any bytes are valid f32s.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), 4 * out.len()) };
+        self.device.copy_out(bytes, s.buffers.logits.add((4 * index * s.shape.vocab) as u64))
+    }
+}

@@ -1,0 +1,122 @@
+//! `cuda/params.h` in Rust: the same structs, field by field. Sizes are compared in
+//! `tests/cuda_kernels.rs`; what a field means stands in the header.
+#![allow(missing_docs, reason = "the fields are documented in cuda/params.h")]
+
+/// An address on the device; 0 is null.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ptr(pub u64);
+
+impl Ptr {
+    /// No address.
+    pub const NULL: Ptr = Ptr(0);
+
+    /// `bytes` further on.
+    pub fn add(self, bytes: u64) -> Ptr {
+        Ptr(self.0 + bytes)
+    }
+}
+
+/// No page, no group, no limit.
+pub const NONE: u32 = u32::MAX;
+/// Virtual pages that opening a segment of a sequence costs.
+pub const SEGMENT_COST: u32 = 2;
+
+/// A struct that a kernel takes by value.
+///
+/// # Safety
+/// `repr(C)`, no padding bytes that matter, laid out as the struct of the same name in `params.h`.
+pub unsafe trait Params: Copy {}
+
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $ty:ty),* $(,)? })*) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default)]
+        pub struct $name { $(pub $field: $ty),* }
+        // SAFETY: repr(C) with the header's fields in the header's order; sizes are tested.
+        unsafe impl Params for $name {}
+    )*};
+}
+
+params! {
+    /// Sum of partial matrices.
+    Partial { data: Ptr, splits: u32, columns: u32 }
+    /// See the header.
+    EmbedParams {
+        tokens: Ptr, positions: Ptr, table: Ptr, position_table: Ptr, residual: Ptr,
+        hidden: u32, position_offset: u32,
+    }
+    /// See the header.
+    NormParams {
+        residual: Ptr, delta: Partial, delta_bias: Ptr, weight: Ptr, bias: Ptr, out: Ptr, row_map: Ptr,
+        rows: u32, hidden: u32, epsilon: f32,
+    }
+    /// See the header.
+    LinearParams { x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32 }
+    /// See the header.
+    QkvParams {
+        qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
+        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32,
+    }
+    /// See the header.
+    SelectParams {
+        logits: Partial, bias: Ptr, keep: Ptr, selected: Ptr, attention: Ptr, nan_count: Ptr,
+        rows: u32, units: u32, unit_width: u32,
+    }
+    /// See the header.
+    DecodeParams {
+        q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
+        prefix: Ptr, out: Ptr, parts: Ptr, counters: Ptr,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, scale: f32,
+    }
+    /// See the header.
+    PrefillTile { first_row: u32, tokens: u32, position: u32, context: u32, first_page: u32 }
+    /// See the header.
+    PrefillParams {
+        q: Ptr, kv: Ptr, pages: Ptr, tiles: Ptr, out: Ptr, heads: u32, kv_heads: u32, window: u32, scale: f32,
+    }
+    /// See the header.
+    ActivateParams {
+        input: Partial, gate_bias: Ptr, up_bias: Ptr, index: Ptr, masks: Ptr, group: Ptr, out: Ptr,
+        rows: u32, n: u32, valid: u32, kind: u32,
+    }
+    /// See the header.
+    NeuronParams {
+        logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
+    }
+    /// See the header.
+    ArgmaxParams { logits: Ptr, token: Ptr, logprob: Ptr, parts: Ptr, counters: Ptr, vocab: u32 }
+    /// See the header.
+    TransposeParams { input: Ptr, out: Ptr, in_rows: u32, columns: u32, out_columns: u32, first: u32 }
+    /// See the header.
+    ConvertParams { input: Ptr, out: Ptr, count: u64, in_kind: u32, out_kind: u32 }
+    /// See the header.
+    StreamParams { at: Ptr, sink: Ptr, count: u64 }
+    /// See the header.
+    FillParams { at: Ptr, count: u64, seed: u64, scale: f32, offset: f32 }
+}
+
+/// `size_of` of each struct, in the header's order.
+pub fn sizes() -> [usize; 16] {
+    use std::mem::size_of as s;
+    [
+        s::<Partial>(),
+        s::<EmbedParams>(),
+        s::<NormParams>(),
+        s::<LinearParams>(),
+        s::<QkvParams>(),
+        s::<SelectParams>(),
+        s::<DecodeParams>(),
+        s::<PrefillTile>(),
+        s::<PrefillParams>(),
+        s::<ActivateParams>(),
+        s::<NeuronParams>(),
+        s::<ArgmaxParams>(),
+        s::<TransposeParams>(),
+        s::<ConvertParams>(),
+        s::<StreamParams>(),
+        s::<FillParams>(),
+    ]
+}

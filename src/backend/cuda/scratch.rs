@@ -1,0 +1,316 @@
+//! Activations, sums, selections and tables of an engine on the device, sized once.
+
+use super::device::Device;
+use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::memory::{Memory, Places};
+use super::params::{Partial, Ptr};
+use super::shape::Shape;
+use super::tables::Tables;
+use super::weights::{CudaRouters, CudaWeights};
+use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
+use crate::error::{Error, Result, try_vec, try_with_capacity};
+use crate::model::Position;
+use crate::sample::{self, MAX_LOGPROBS};
+use crate::sparsity::Counts;
+use std::sync::Arc;
+
+/// Addresses of the buffers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Buffers {
+    /// f32 `[rows][hidden]`.
+    pub(super) residual: Ptr,
+    /// Norm output `[rows][hidden]`.
+    pub(super) h: Ptr,
+    pub(super) q: Ptr,
+    pub(super) attention: Ptr,
+    /// MLP activations `[rows][neurons]`.
+    pub(super) y: Ptr,
+    /// Router's narrow activations `[batch][rank]`.
+    pub(super) z: Ptr,
+    /// Sums of a product, until the next kernel reads them.
+    pub(super) sums: Ptr,
+    /// Sums that the next norm adds to the residual stream.
+    pub(super) delta: Ptr,
+    /// Sums of a router, until its selection.
+    pub(super) scores: Ptr,
+    /// Normed rows that want logits, and the logits.
+    pub(super) last: Ptr,
+    pub(super) logits: Ptr,
+    pub(super) token: Ptr,
+    pub(super) logprob: Ptr,
+    pub(super) nan_count: Ptr,
+    /// Pieces of the argmax, and how many have arrived.
+    pub(super) top_parts: Ptr,
+    pub(super) top_counters: Ptr,
+    /// Neuron scores `[groups][ffn]`.
+    pub(super) neuron_scores: Ptr,
+    /// u16 `[batch][kv_heads]`.
+    pub(super) selected: Ptr,
+    /// Neurons of the reference rule, and bit masks of every group.
+    pub(super) index: Ptr,
+    pub(super) masks: Ptr,
+    pub(super) parts: Ptr,
+    pub(super) counters: Ptr,
+    pub(super) rotation: Ptr,
+    pub(super) tables: Ptr,
+}
+
+/// A finished product whose sum still has to be added to the residual stream.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Pending {
+    pub(super) sum: Partial,
+    pub(super) bias: Ptr,
+}
+
+/// How this step's launches are treated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Started as they come.
+    Run,
+    /// Recorded under this key, to be replayed at the end of the stages.
+    Record(u64),
+    /// Skipped: this program does them.
+    Replay(u64),
+}
+
+/// A token the host sampled.
+#[derive(Clone, Copy)]
+pub(super) struct HostChoice {
+    pub(super) sampled: Sampled,
+    pub(super) top: [(u32, f32); MAX_LOGPROBS],
+}
+
+/// See the module.
+pub struct CudaScratch<D: Device> {
+    pub(super) device: Arc<D>,
+    _memory: Memory<D>,
+    pub(super) limits: Limits,
+    pub(super) buffers: Buffers,
+    pub(super) tables: Tables,
+    pub(super) kernels: Kernels,
+    pub(super) shape: Shape,
+    pub(super) pending: Pending,
+    pub(super) mode: Mode,
+    /// Recorded steps by key, oldest first; and the keys seen once.
+    pub(super) programs: Vec<(u64, u64)>,
+    pub(super) seen: Vec<u64>,
+    pub(super) counts: Vec<Counts>,
+    pub(super) kv_bytes: (u64, u64),
+    /// Layer whose router sums are in `scores`.
+    pub(super) routed: Option<(usize, Partial)>,
+    /// Bias of that router.
+    pub(super) router_bias: Ptr,
+    /// By entry of `Step::logit_rows`: what the host sampled.
+    pub(super) host_choices: Vec<Option<HostChoice>>,
+    pub(super) host_logits: Vec<f32>,
+    pub(super) sampler: sample::Scratch,
+}
+
+/// The largest sum a product of this shape leaves, in floats, over every row count that can occur.
+fn sums(rows: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
+    let rows = rows as u32;
+    let tiled = (SKINNY_ROWS + 1..=rows).step_by(64).chain([rows]);
+    let counts = (1..=rows.min(SKINNY_ROWS)).chain(tiled);
+    counts.map(|r| of(r) as usize * r as usize * n).max().unwrap_or(0)
+}
+
+impl<D: Device> CudaScratch<D> {
+    pub(super) fn new(
+        device: &Arc<D>,
+        w: &CudaWeights<D>,
+        r: Option<&CudaRouters<D>>,
+        limits: &Limits,
+    ) -> Result<CudaScratch<D>> {
+        let (s, k) = (&w.shape, &w.kernels);
+        if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
+            return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
+        }
+        let group = s.heads / s.kv_heads;
+        let mut tables = Tables::new(limits, s.layers, group)?;
+        let lay = |at: Ptr| {
+            let mut p = Places::from(at);
+            let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
+            (buffers, p.used() - at.0)
+        };
+        let memory = Memory::zeroed(device, lay(Ptr::NULL).1)?;
+        let buffers = lay(memory.at).0;
+        tables.place(buffers.tables);
+        if let Position::Rope { inv_freq } = &w.spec.position {
+            rotation(&**device, inv_freq, s, limits.max_context, buffers.rotation)?;
+        }
+        Ok(CudaScratch {
+            device: Arc::clone(device),
+            _memory: memory,
+            limits: *limits,
+            buffers,
+            tables,
+            kernels: *k,
+            shape: s.clone(),
+            pending: Pending::default(),
+            mode: Mode::Run,
+            programs: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
+            seen: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
+            counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
+            kv_bytes: (0, 0),
+            routed: None,
+            router_bias: Ptr::NULL,
+            host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
+            host_logits: try_vec(s.vocab, 0.0, "logits")?,
+            sampler: sample::Scratch::new(s.vocab)?,
+        })
+    }
+}
+
+/// Most recorded steps kept; the oldest goes first.
+pub(super) const MAX_PROGRAMS: usize = 128;
+
+impl<D: Device> Drop for CudaScratch<D> {
+    fn drop(&mut self) {
+        for (_, program) in &self.programs {
+            self.device.forget(*program);
+        }
+    }
+}
+
+fn places<D: Device>(
+    s: &Shape,
+    k: &Kernels,
+    r: Option<&CudaRouters<D>>,
+    limits: &Limits,
+    position: &Position,
+    tables: &Tables,
+    p: &mut Places,
+) -> Buffers {
+    let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
+    let forward = |n: usize, k_size: usize| {
+        sums(rows, |r| k.linear(r, n as u32, k_size as u32).1, n)
+    };
+    let (mut first, mut down) = (forward(s.first(), d), 0);
+    if s.gated {
+        down = forward(d, s.neurons);
+    } else {
+        // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
+        for kept in (64..=s.neurons + 63).step_by(64) {
+            for r in [8, 16, 32, SKINNY_ROWS].map(|r| r.min(rows as u32)) {
+                first = first.max(k.linear(r, kept as u32, d as u32).1 as usize * r as usize * kept);
+            }
+        }
+        down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
+        down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
+    }
+    let mut scores = batch * s.kv_heads;
+    let mut rank = 0;
+    for l in r.map_or(&[][..], |r| &r.layers) {
+        if l.attn_rows > 0 {
+            scores = scores.max(forward(l.attn_rows, d));
+        }
+        if l.rank > 0 {
+            rank = rank.max(l.rank);
+            scores = scores.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
+        }
+    }
+    let has_mlp = rank > 0;
+    let words = s.neurons.div_ceil(32);
+    let rotation = match position {
+        Position::Rope { .. } => limits.max_context.div_ceil(PAGE_TOKENS) * PAGE_TOKENS * s.hd,
+        Position::Learned { .. } => 0,
+    };
+    let group = s.heads / s.kv_heads;
+    Buffers {
+        residual: p.take(rows * d, 4),
+        h: p.take(rows * d, 2),
+        q: p.take(rows * s.q(), 2),
+        attention: p.take(rows * s.q(), 2),
+        y: p.take(rows * s.neurons, 2),
+        z: p.take(rows * rank, 2),
+        sums: p.take(forward(s.qkv(), d).max(first), 4),
+        delta: p.take(forward(d, s.q()).max(down), 4),
+        scores: p.take(scores, 4),
+        last: p.take(batch * d, 2),
+        // The head's product is never cut: see `stages::logits`.
+        logits: p.take(batch * s.vocab, 4),
+        token: p.take(batch, 4),
+        logprob: p.take(batch, 4),
+        nan_count: p.take(1, 4),
+        top_parts: p.take(batch * 3 * ARGMAX_PIECES as usize, 4),
+        top_counters: p.take(batch, 4),
+        neuron_scores: p.take(if has_mlp { (batch + 1) * s.ffn } else { 0 }, 4),
+        selected: p.take(batch * s.kv_heads, 2),
+        index: p.take(if has_mlp { s.neurons } else { 0 }, 4),
+        masks: p.take(if has_mlp { (batch + 1) * words } else { 0 }, 4),
+        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 2), 4),
+        counters: p.take(batch * s.kv_heads, 4),
+        rotation: p.take(rotation, 4),
+        tables: p.take(tables.bytes() as usize, 1),
+    }
+}
+
+/// Cosine and sine of every position and stored pair of dimensions.
+fn rotation<D: Device>(device: &D, inv_freq: &[f32], s: &Shape, positions: usize, at: Ptr) -> Result<()> {
+    let row = s.hd;
+    let mut bytes = try_vec(4 * row * 256, 0u8, "rotation table")?;
+    for first in (0..positions).step_by(256) {
+        let n = 256.min(positions - first);
+        for i in 0..n {
+            for pair in 0..s.hd / 2 {
+                // As the reference does: the angle is rounded to f32 first.
+                let angle = inv_freq.get(pair).map_or(0.0, |f| (first + i) as f32 * f);
+                let (sin, cos) = angle.sin_cos();
+                let to = &mut bytes[4 * (i * row + 2 * pair)..][..8];
+                to[..4].copy_from_slice(&cos.to_le_bytes());
+                to[4..].copy_from_slice(&sin.to_le_bytes());
+            }
+        }
+        device.copy_in(at.add((4 * first * row) as u64), &bytes[..4 * row * n])?;
+    }
+    Ok(())
+}
+
+impl<D: Device> CudaScratch<D> {
+    /// Whether a step fits what was sized.
+    pub(super) fn check(&self, step: &Step, pages: usize) -> Result<()> {
+        let rows = step.tokens.len();
+        let bad = |what: &str| Err(Error::invalid(format!("step: {what}")));
+        if rows > self.limits.max_rows || step.positions.len() != rows {
+            return bad("more rows than the engine was made for");
+        }
+        if step.seqs.len() > self.limits.max_batch || step.logit_rows.len() > self.limits.max_batch {
+            return bad("more sequences than the engine was made for");
+        }
+        if step.tokens.iter().any(|&t| t as usize >= self.shape.vocab) {
+            return bad("a token is not in the vocabulary");
+        }
+        if step.logit_rows.iter().any(|&r| r as usize >= rows) {
+            return bad("logits of a row that is not there");
+        }
+        if step.pages.iter().any(|&p| p as usize >= pages) {
+            return bad("a page is not in the cache");
+        }
+        let mut next = 0;
+        for (i, s) in step.seqs.iter().enumerate() {
+            let decode = s.n_rows == 1 && s.first_row == i as u32;
+            if s.first_row != next || s.n_rows == 0 || s.decode && !decode {
+                return bad("rows of a sequence are out of order");
+            }
+            next += s.n_rows;
+            let table = s.first_page as usize + s.n_pages as usize;
+            let needed = (s.context as usize).div_ceil(PAGE_TOKENS);
+            if table > step.pages.len() || needed > s.n_pages as usize || s.context < s.n_rows {
+                return bad("a block table is too short");
+            }
+            if s.context as usize > self.limits.max_context {
+                return bad("a context is longer than the engine was made for");
+            }
+            for r in 0..s.n_rows {
+                let row = (s.first_row + r) as usize;
+                if row >= rows || step.positions[row] != s.context - s.n_rows + r {
+                    return bad("positions and context disagree");
+                }
+            }
+            if s.logits != crate::backend::NO_LOGITS && s.logits as usize >= step.logit_rows.len() {
+                return bad("a sequence's logits are not there");
+            }
+        }
+        if next as usize != rows { bad("rows without a sequence") } else { Ok(()) }
+    }
+}

@@ -1,0 +1,395 @@
+//! What each stage launches. No product has an epilogue: it leaves sums, and the kernel that comes
+//! next adds them, with bias and activation.
+
+use super::device::{Device, start};
+use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::params::*;
+use super::scratch::{CudaScratch, Mode, Pending};
+use super::tables::Groups;
+use super::weights::{CudaRouters, CudaWeights, Pair};
+use super::{Cuda, CudaKv};
+use crate::backend::{Live, Step};
+use crate::error::{Error, Result, try_vec};
+use crate::model::{Activation, Norm, Position};
+use crate::sparsity::select::random_score;
+use crate::sparsity::{Rule, Site, Source};
+
+impl<D: Device> Cuda<D> {
+    fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
+        if launch.grid.0 == 0 || matches!(s.mode, Mode::Replay(_)) {
+            return Ok(());
+        }
+        start(&*self.device, launch, params)
+    }
+
+    /// Hands a product of many rows to the device's library, if it has one.
+    fn by_library(&self, s: &CudaScratch<D>, params: &LinearParams, transposed: bool) -> Result<bool> {
+        let many = params.rows > LIBRARY_ROWS || params.n >= LIBRARY_COLUMNS || transposed;
+        if !many || params.index != Ptr::NULL || matches!(s.mode, Mode::Replay(_)) {
+            return Ok(false);
+        }
+        self.device.product(params, transposed, s.shape.dtype)
+    }
+
+    /// `x` times a matrix stored `[n, k]`, sums to `out`.
+    fn product(
+        &self,
+        s: &CudaScratch<D>,
+        (x, w, index): (Ptr, Ptr, Ptr),
+        (rows, n, k): (u32, u32, u32),
+        out: Ptr,
+    ) -> Result<Partial> {
+        let (launch, splits) = s.kernels.linear(rows, n, k);
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
+        if self.by_library(s, &params, false)? {
+            params.splits = 1;
+        } else {
+            self.go(s, &launch, &params)?;
+        }
+        let splits = params.splits;
+        Ok(Partial { data: out, splits, columns: n })
+    }
+
+    /// The same for a matrix stored `[k, n]`.
+    fn product_transposed(
+        &self,
+        s: &CudaScratch<D>,
+        (x, w, index): (Ptr, Ptr, Ptr),
+        (rows, n, k): (u32, u32, u32),
+        out: Ptr,
+    ) -> Result<Partial> {
+        let (launch, splits) = s.kernels.linear_transposed(rows, n, k);
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
+        if self.by_library(s, &params, true)? {
+            params.splits = 1;
+        } else {
+            self.go(s, &launch, &params)?;
+        }
+        let splits = params.splits;
+        Ok(Partial { data: out, splits, columns: n })
+    }
+
+    /// Adds the pending sums to the residual stream and norms it.
+    fn norm(
+        &self,
+        w: &CudaWeights<D>,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        weights: Pair,
+        (out, map, rows): (Ptr, Ptr, u32),
+    ) -> Result<()> {
+        let pending = std::mem::take(&mut s.pending);
+        let params = NormParams {
+            residual: s.buffers.residual,
+            delta: pending.sum,
+            delta_bias: pending.bias,
+            weight: weights.weight,
+            bias: if w.spec.norm == Norm::Layer { weights.bias } else { Ptr::NULL },
+            out,
+            row_map: map,
+            rows: step.tokens.len() as u32,
+            hidden: s.shape.hidden as u32,
+            epsilon: w.spec.norm_eps,
+        };
+        self.go(s, &s.kernels.norm(rows, s.shape.hidden as u32), &params)
+    }
+
+    pub(super) fn run_embed(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) -> Result<()> {
+        let offset = match w.spec.position {
+            Position::Learned { offset } => offset,
+            Position::Rope { .. } => 0,
+        };
+        if let Some(rows) = s.shape.learned_positions
+            && let Some(p) = step.positions.iter().find(|&&p| (p + offset) as usize >= rows)
+        {
+            return Err(Error::invalid(format!("position {p}, the model has {}", w.spec.max_positions)));
+        }
+        s.pending = Pending::default();
+        let params = EmbedParams {
+            tokens: s.tables.tokens(),
+            positions: s.tables.positions(),
+            table: w.shared.embed,
+            position_table: w.shared.positions,
+            residual: s.buffers.residual,
+            hidden: s.shape.hidden as u32,
+            position_offset: offset,
+        };
+        self.go(s, &s.kernels.embed(step.tokens.len() as u32), &params)
+    }
+
+    pub(super) fn run_project(
+        &self,
+        w: &CudaWeights<D>,
+        kv: &CudaKv<D>,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+    ) -> Result<()> {
+        let (l, rows) = (&w.layers[layer], step.tokens.len() as u32);
+        let b = s.buffers;
+        self.norm(w, s, step, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        let shape = &s.shape;
+        let size = (rows, shape.qkv() as u32, shape.hidden as u32);
+        let qkv = self.product(s, (b.h, l.qkv.weight, Ptr::NULL), size, b.sums)?;
+        let params = QkvParams {
+            qkv,
+            bias: l.qkv.bias,
+            q_norm: l.q_norm,
+            k_norm: l.k_norm,
+            rotation: if matches!(w.spec.position, Position::Rope { .. }) { b.rotation } else { Ptr::NULL },
+            positions: s.tables.positions(),
+            kv_slot: s.tables.kv_slot(),
+            q: b.q,
+            kv: kv.layer(layer),
+            rows,
+            heads: shape.heads as u32,
+            kv_heads: shape.kv_heads as u32,
+            head_dim: shape.hd as u32,
+            norm_dim: shape.head_dim as u32,
+            epsilon: w.spec.norm_eps,
+        };
+        self.go(s, &s.kernels.qkv(rows, (shape.heads + 2 * shape.kv_heads) as u32), &params)
+    }
+
+    pub(super) fn run_route(
+        &self,
+        r: &CudaRouters<D>,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+        site: Site,
+    ) -> Result<()> {
+        let missing = || Error::invalid(format!("layer {layer} has no {site:?} router"));
+        let l = r.layers.get(layer).ok_or_else(missing)?;
+        let (rows, d, b) = (step.n_decode() as u32, s.shape.hidden as u32, s.buffers);
+        let scores = match site {
+            Site::Attn => {
+                if l.attn_rows == 0 {
+                    return Err(missing());
+                }
+                let size = (rows, l.attn_rows as u32, d);
+                s.router_bias = l.attn.bias;
+                self.product(s, (b.h, l.attn.weight, Ptr::NULL), size, b.scores)?
+            }
+            Site::Mlp => {
+                if l.rank == 0 {
+                    return Err(missing());
+                }
+                let rank = l.rank as u32;
+                let narrow = self.product(s, (b.h, l.down, Ptr::NULL), (rows, rank, d), b.scores)?;
+                let z = ActivateParams { input: narrow, out: b.z, rows, n: rank, valid: rank, kind: 3, ..Default::default() };
+                self.go(s, &s.kernels.activate(rows, rank), &z)?;
+                self.product(s, (b.z, l.up, Ptr::NULL), (rows, s.shape.neurons as u32, rank), b.scores)?
+            }
+        };
+        s.routed = Some((layer, scores));
+        Ok(())
+    }
+
+    pub(super) fn run_select(&self, s: &mut CudaScratch<D>, step: &Step, layer: usize, site: Site) -> Result<()> {
+        let unrouted = || Error::invalid(format!("layer {layer}: no {site:?} router sums"));
+        let routed = s.routed.take().filter(|r| r.0 == layer).map(|r| r.1);
+        let (rows, b) = (step.n_decode() as u32, s.buffers);
+        match site {
+            Site::Attn => {
+                let units = s.shape.kv_heads as u32;
+                let (logits, bias) = match step.plan.source {
+                    Source::Router => (routed.ok_or_else(unrouted)?, s.router_bias),
+                    Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
+                    Source::Random { seed } => {
+                        self.random_scores(s, step, layer, seed)?;
+                        (Partial { data: b.scores, splits: 1, columns: units }, Ptr::NULL)
+                    }
+                };
+                let params = SelectParams {
+                    logits,
+                    bias,
+                    keep: s.tables.plan(s.tables.layer_plan[layer]).0,
+                    selected: b.selected,
+                    attention: b.attention,
+                    nan_count: b.nan_count,
+                    rows,
+                    units,
+                    unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
+                };
+                self.go(s, &s.kernels.select_heads(rows), &params)
+            }
+            Site::Mlp => {
+                let logits = routed.ok_or_else(unrouted)?;
+                let Some(which) = s.tables.layer_groups(step, layer) else { return Ok(()) };
+                let rule = step.plan.mlp_rule(layer);
+                let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
+                let (first_group, groups) = match which {
+                    Groups::Both => (0, 1 + s.tables.n_invariant),
+                    Groups::Reference => (0, 1),
+                    Groups::Invariant => (1, s.tables.n_invariant),
+                };
+                let params = NeuronParams {
+                    logits,
+                    scores: b.neuron_scores,
+                    group: s.tables.groups(which),
+                    index: b.index,
+                    masks: b.masks,
+                    nan_count: b.nan_count,
+                    rows,
+                    n: s.shape.ffn as u32,
+                    keep0: keep(rule.reference),
+                    keep_other: keep(rule.invariant),
+                    first_group,
+                };
+                self.go(s, &s.kernels.neuron_scores(groups, s.shape.ffn as u32), &params)?;
+                self.go(s, &s.kernels.select_neurons(groups, s.shape.ffn as u32), &params)
+            }
+        }
+    }
+
+    /// Scores of [`Source::Random`], made on the host.
+    fn random_scores(&self, s: &CudaScratch<D>, step: &Step, layer: usize, seed: u64) -> Result<()> {
+        let units = s.shape.kv_heads;
+        let mut bytes = try_vec(4 * units * step.n_decode(), 0u8, "random scores")?;
+        for (i, out) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let row = i / units;
+            *out = random_score(seed, layer, step.positions[row], step.tokens[row], i % units).to_le_bytes();
+        }
+        self.device.copy_in(s.buffers.scores, &bytes)
+    }
+
+    pub(super) fn run_attend(
+        &self,
+        w: &CudaWeights<D>,
+        kv: &CudaKv<D>,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+        live: Live,
+    ) -> Result<()> {
+        let (l, rows, b) = (&w.layers[layer], step.tokens.len() as u32, s.buffers);
+        let (heads, kv_heads) = (s.shape.heads as u32, s.shape.kv_heads as u32);
+        let scale = w.spec.attention_scale() * std::f32::consts::LOG2_E;
+        let sequences = step.n_decode() as u32;
+        if sequences > 0 {
+            let selected = live == Live::Selected;
+            let (keep, prefix) = s.tables.plan(if selected { s.tables.layer_plan[layer] } else { 0 });
+            let params = DecodeParams {
+                q: b.q,
+                kv: kv.layer(layer),
+                pages: s.tables.pages(),
+                first_page: s.tables.first_page(),
+                tokens: s.tables.context(),
+                skip: s.tables.skip(),
+                selected: if selected { b.selected } else { Ptr::NULL },
+                keep,
+                prefix,
+                out: b.attention,
+                parts: b.parts,
+                counters: b.counters,
+                sequences,
+                heads,
+                kv_heads,
+                stages: s.kernels.stages,
+                min_pages: 6,
+                scale,
+            };
+            self.go(s, &s.kernels.decode(), &params)?;
+        }
+        if s.tables.n_tiles > 0 {
+            let params = PrefillParams {
+                q: b.q,
+                kv: kv.layer(layer),
+                pages: s.tables.pages(),
+                tiles: s.tables.tiles(),
+                out: b.attention,
+                heads,
+                kv_heads,
+                window: w.spec.window.unwrap_or(NONE),
+                scale,
+            };
+            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
+        }
+        let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
+        let sum = self.product(s, (b.attention, l.o.weight, Ptr::NULL), size, b.delta)?;
+        s.pending = Pending { sum, bias: l.o.bias };
+        Ok(())
+    }
+
+    pub(super) fn run_mlp(
+        &self,
+        w: &CudaWeights<D>,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+        live: Live,
+    ) -> Result<()> {
+        let (l, rows, b) = (&w.layers[layer], step.tokens.len() as u32, s.buffers);
+        self.norm(w, s, step, l.mlp_norm, (b.h, Ptr::NULL, rows))?;
+        let (d, neurons) = (s.shape.hidden as u32, s.shape.neurons as u32);
+        let kind = match w.spec.activation {
+            Activation::Relu => 0,
+            Activation::SiluGated => 1,
+            Activation::ReluGated => 2,
+        };
+        let which = if live == Live::Selected { s.tables.layer_groups(step, layer) } else { None };
+        let all_share = s.tables.n_reference == rows && which == Some(Groups::Reference) && rows <= SKINNY_ROWS;
+        let mut act = ActivateParams {
+            gate_bias: l.gate_bias,
+            up_bias: l.up_bias,
+            out: b.y,
+            rows,
+            n: neurons,
+            valid: s.shape.ffn as u32,
+            kind,
+            ..Default::default()
+        };
+        let (index, kept) = match (all_share, step.plan.mlp_rule(layer).reference) {
+            // Every row runs the same neurons: only their rows are read.
+            (true, Rule::TopK(k)) => {
+                act.valid = k;
+                (b.index, k.next_multiple_of(8))
+            }
+            _ => {
+                if let Some(which) = which {
+                    act.masks = b.masks;
+                    act.group = s.tables.groups(which);
+                }
+                (Ptr::NULL, neurons)
+            }
+        };
+        act.index = index;
+        act.n = kept;
+        let width = if s.shape.gated { 2 * neurons } else { kept };
+        act.input = self.product(s, (b.h, l.first, index), (rows, width, d), b.sums)?;
+        self.go(s, &s.kernels.activate(rows, kept), &act)?;
+        let size = (rows, d, kept);
+        let sum = if s.shape.gated {
+            self.product(s, (b.y, l.down.weight, Ptr::NULL), size, b.delta)?
+        } else {
+            self.product_transposed(s, (b.y, l.down.weight, index), size, b.delta)?
+        };
+        s.pending = Pending { sum, bias: l.down.bias };
+        Ok(())
+    }
+
+    pub(super) fn run_logits(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) -> Result<()> {
+        let (n, b) = (step.logit_rows.len() as u32, s.buffers);
+        if n > 0 {
+            self.norm(w, s, step, w.shared.final_norm, (b.last, s.tables.logit_rows(), n))?;
+            let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
+            let params =
+                LinearParams { x: b.last, w: w.shared.head, index: Ptr::NULL, out: b.logits, rows: n, n: vocab, k: d, splits: 1 };
+            if !self.by_library(s, &params, false)? {
+                self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
+            }
+            let params = ArgmaxParams {
+                logits: b.logits,
+                token: b.token,
+                logprob: b.logprob,
+                parts: b.top_parts,
+                counters: b.top_counters,
+                vocab,
+            };
+            self.go(s, &s.kernels.argmax(n), &params)?;
+        }
+        s.pending = Pending::default();
+        self.finish_recording(s)
+    }
+}

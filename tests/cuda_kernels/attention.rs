@@ -1,0 +1,297 @@
+//! Decode and prefill attention against softmax(q k) v in f64.
+
+use crate::bench::{Bench, Rng, close};
+use crate::orders;
+use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::params::*;
+use polar_sparsity::dtype::DType;
+
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
+
+/// A cache of sequences in shuffled pages; everything that is not a token of theirs is NaN.
+struct Cache {
+    dtype: DType,
+    hd: usize,
+    kv_heads: usize,
+    /// `[page][kv_head][K|V][16][hd]`
+    pool: Vec<f64>,
+    /// Block table of each sequence.
+    tables: Vec<Vec<u32>>,
+}
+
+impl Cache {
+    fn new(rng: &mut Rng, dtype: DType, hd: usize, kv_heads: usize, lengths: &[usize]) -> Cache {
+        let pages: usize = lengths.iter().map(|l| l.div_ceil(16)).sum();
+        let mut ids = rng.shuffled(pages + 3).into_iter();
+        let mut cache = Cache { dtype, hd, kv_heads, pool: vec![f64::NAN; (pages + 3) * kv_heads * 32 * hd], tables: vec![] };
+        for &length in lengths {
+            let table: Vec<u32> = (0..length.div_ceil(16)).map(|_| ids.next().unwrap() as u32).collect();
+            for token in 0..length {
+                for head in 0..kv_heads {
+                    for kv in 0..2 {
+                        let at = cache.at(table[token / 16], head, kv, token % 16);
+                        let row = rng.vector(hd, 1.0, dtype);
+                        cache.pool[at..at + hd].copy_from_slice(&row);
+                    }
+                }
+            }
+            cache.tables.push(table);
+        }
+        cache
+    }
+    fn at(&self, page: u32, head: usize, kv: usize, place: usize) -> usize {
+        (((page as usize * self.kv_heads + head) * 2 + kv) * 16 + place) * self.hd
+    }
+    fn attend(&self, b: usize, head: usize, q: &[f64], from: usize, to: usize) -> Vec<f64> {
+        let row = |token: usize, kv| {
+            let at = self.at(self.tables[b][token / 16], head, kv, token % 16);
+            &self.pool[at..at + self.hd]
+        };
+        let scores: Vec<f64> = (from..to)
+            .map(|t| q.iter().zip(row(t, 0)).map(|(a, b)| a * b).sum::<f64>() / (self.hd as f64).sqrt())
+            .collect();
+        let max = scores.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        let mut out = vec![0.0; self.hd];
+        for (t, s) in (from..to).zip(&scores) {
+            for (o, v) in out.iter_mut().zip(row(t, 1)) {
+                *o += (s - max).exp() / sum * v;
+            }
+        }
+        out
+    }
+    /// Poisons the pages of a head of a sequence.
+    fn poison(&mut self, b: usize, head: usize) {
+        for page in self.tables[b].clone() {
+            let at = self.at(page, head, 0, 0);
+            self.pool[at..at + 32 * self.hd].fill(f64::NAN);
+        }
+    }
+}
+
+struct Case {
+    dtype: DType,
+    hd: usize,
+    kv_heads: usize,
+    group: usize,
+    lengths: Vec<usize>,
+    /// Kept heads of each sequence; empty: all, dense.
+    keep: Vec<usize>,
+    window: usize,
+    multiprocessors: u32,
+    min_pages: u32,
+}
+
+/// The output as bytes and the reference.
+fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
+    let mut rng = Rng(c.hd as u64 * 1000 + c.group as u64 * 10 + c.lengths.len() as u64);
+    let (n, heads) = (c.lengths.len(), c.kv_heads * c.group);
+    let mut cache = Cache::new(&mut rng, c.dtype, c.hd, c.kv_heads, &c.lengths);
+    let q = rng.vector(n * heads * c.hd, 1.0, c.dtype);
+    let (mut tables, mut first_page, mut tokens, mut skip) = (vec![], vec![], vec![], vec![]);
+    let (mut selected, mut keep, mut prefix) = (vec![0xffffu16; n * c.kv_heads], vec![], vec![0u32]);
+    let mut expected = vec![];
+    for b in 0..n {
+        let length = c.lengths[b];
+        let start = length.saturating_sub(c.window);
+        let mut kept: Vec<usize> = (0..c.kv_heads).collect();
+        if !c.keep.is_empty() {
+            kept = rng.shuffled(c.kv_heads)[..c.keep[b]].to_vec();
+            kept.sort_unstable();
+        }
+        for (j, &head) in kept.iter().enumerate() {
+            selected[b * c.kv_heads + j] = head as u16;
+        }
+        for head in 0..c.kv_heads {
+            for r in 0..c.group {
+                let at = (b * heads + head * c.group + r) * c.hd;
+                if length == 0 || !kept.contains(&head) {
+                    expected.extend(vec![f64::NAN; c.hd]);
+                } else {
+                    expected.extend(cache.attend(b, head, &q[at..at + c.hd], start, length));
+                }
+            }
+        }
+        for head in (0..c.kv_heads).filter(|h| !kept.contains(h)) {
+            cache.poison(b, head);
+        }
+        first_page.push((tables.len() + start / 16) as u32);
+        tables.extend(&cache.tables[b]);
+        tokens.push((length - start / 16 * 16) as u32);
+        skip.push((start % 16) as u32);
+        let count = if length == 0 { 0 } else { kept.len() as u32 };
+        keep.push(count);
+        prefix.push(prefix[b] + count * ((length - start / 16 * 16).div_ceil(16) as u32 + SEGMENT_COST));
+    }
+    tables.push(0);
+    let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
+    let launch = k.decode();
+    let out = bench.room(2 * expected.len());
+    let counters = bench.words(&vec![0; n * c.kv_heads]);
+    let params = DecodeParams {
+        q: bench.half(&q, c.dtype),
+        kv: bench.half(&cache.pool, c.dtype),
+        pages: bench.words(&tables),
+        first_page: bench.words(&first_page),
+        tokens: bench.words(&tokens),
+        skip: bench.words(&skip),
+        selected: if c.keep.is_empty() {
+            Ptr::NULL
+        } else {
+            bench.raw(&selected.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<_>>())
+        },
+        keep: bench.words(&keep),
+        prefix: bench.words(&prefix),
+        out,
+        parts: bench.room(launch.grid.0 as usize * 2 * c.group * (c.hd + 2) * 4),
+        counters,
+        sequences: n as u32,
+        heads: heads as u32,
+        kv_heads: c.kv_heads as u32,
+        stages: k.stages.min(3),
+        min_pages: c.min_pages,
+        scale: LOG2_E / (c.hd as f32).sqrt(),
+    };
+    bench.start(&launch, &params);
+    let got = bench.read_half(out, expected.len(), c.dtype);
+    let limit = if c.dtype == DType::BF16 { 4e-3 } else { 1e-3 };
+    let (mut a, mut b) = (vec![], vec![]);
+    for (i, (x, y)) in got.iter().zip(&expected).enumerate() {
+        if y.is_nan() {
+            assert!(x.is_nan(), "element {i} was written");
+        } else {
+            a.push(*x);
+            b.push(*y);
+        }
+    }
+    close(&a, &b, limit, &format!("decode hd {} group {} {:?}", c.hd, c.group, c.lengths));
+    assert!(bench.read_words(counters, n * c.kv_heads).iter().all(|&c| c == 0), "counters are not reset");
+    bench.bytes(out, 2 * expected.len())
+}
+
+fn case() -> Case {
+    Case {
+        dtype: DType::BF16,
+        hd: 64,
+        kv_heads: 3,
+        group: 1,
+        lengths: vec![0, 1, 15, 16, 17, 130, 0],
+        keep: vec![],
+        window: usize::MAX,
+        multiprocessors: 3,
+        min_pages: 4,
+    }
+}
+
+#[test]
+fn decode_every_head_size_and_type() {
+    for dtype in [DType::BF16, DType::F16] {
+        for hd in [64, 80, 96, 128, 256] {
+            decode(&Bench::new(0), &Case { dtype, hd, lengths: vec![0, 1, 17, 83], keep: vec![2; 4], ..case() });
+        }
+    }
+}
+
+#[test]
+fn decode_every_group() {
+    for group in [1, 2, 4, 5, 7, 8, 12, 16] {
+        decode(&Bench::new(0), &Case { group, lengths: vec![33, 1, 70], keep: vec![1, 2, 1], ..case() });
+    }
+}
+
+#[test]
+fn decode_lengths_workers_and_orders() {
+    for (multiprocessors, min_pages) in [(1, 4), (3, 1), (20, 1), (132, 4)] {
+        orders(|b| decode(b, &Case { multiprocessors, min_pages, keep: vec![2, 1, 3, 1, 2, 3, 1], ..case() }));
+    }
+}
+
+#[test]
+fn decode_ragged_long_among_ones() {
+    let mut lengths = vec![1; 9];
+    lengths[4] = 900;
+    decode(&Bench::new(5), &Case { lengths, keep: vec![1; 9], multiprocessors: 7, min_pages: 1, ..case() });
+}
+
+#[test]
+fn decode_window() {
+    for window in [1, 5, 16, 40] {
+        decode(&Bench::new(0), &Case { window, lengths: vec![1, 16, 17, 100], group: 2, ..case() });
+    }
+}
+
+#[test]
+fn decode_all_selected_is_dense_bit_for_bit() {
+    let dense = decode(&Bench::new(0), &case());
+    let all = decode(&Bench::new(0), &Case { keep: vec![3; 7], ..case() });
+    assert!(dense == all);
+}
+
+#[test]
+fn prefill_chunks_groups_and_windows() {
+    for (hd, group, window) in [(64, 1, usize::MAX), (64, 4, 20), (80, 7, usize::MAX), (96, 16, 33), (128, 2, usize::MAX)] {
+        orders(|b| prefill(b, DType::BF16, hd, group, window));
+    }
+    prefill(&Bench::new(0), DType::F16, 128, 3, usize::MAX);
+}
+
+fn prefill(bench: &Bench, dtype: DType, hd: usize, group: usize, window: usize) -> Vec<u8> {
+    let mut rng = Rng(hd as u64 + group as u64);
+    let kv_heads = 2;
+    let heads = kv_heads * group;
+    // (context after the chunk, tokens of the chunk)
+    let chunks = [(70, 70), (100, 9), (16, 1), (33, 17), (1, 1), (300, 20)];
+    let lengths: Vec<usize> = chunks.iter().map(|c| c.0).collect();
+    let cache = Cache::new(&mut rng, dtype, hd, kv_heads, &lengths);
+    let rows: usize = chunks.iter().map(|c| c.1).sum();
+    let q = rng.vector(rows * heads * hd, 1.0, dtype);
+    let k = Kernels::new(dtype, hd as u32, group as u32, 3, 227 * 1024).unwrap();
+    let (mut tiles, mut tables, mut expected) = (vec![], vec![], vec![]);
+    let mut row = 0;
+    for (b, &(context, n)) in chunks.iter().enumerate() {
+        let mut at = 0;
+        while at < n {
+            let tokens = (n - at).min(k.tile_tokens() as usize);
+            tiles.extend([row + at, tokens, context - n + at, context, tables.len()].map(|v| v as u32));
+            at += tokens;
+        }
+        for i in 0..n {
+            let position = context - n + i;
+            let from = (position + 1).saturating_sub(window);
+            for head in 0..heads {
+                let at = ((row + i) * heads + head) * hd;
+                expected.extend(cache.attend(b, head / group, &q[at..at + hd], from, position + 1));
+            }
+        }
+        tables.extend(&cache.tables[b]);
+        row += n;
+    }
+    let out = bench.room(2 * expected.len());
+    let params = PrefillParams {
+        q: bench.half(&q, dtype),
+        kv: bench.half(&cache.pool, dtype),
+        pages: bench.words(&tables),
+        tiles: bench.words(&tiles),
+        out,
+        heads: heads as u32,
+        kv_heads: kv_heads as u32,
+        window: if window == usize::MAX { NONE } else { window as u32 },
+        scale: LOG2_E / (hd as f32).sqrt(),
+    };
+    bench.start(&k.prefill(tiles.len() as u32 / 5, kv_heads as u32).unwrap(), &params);
+    let limit = if dtype == DType::BF16 { 4e-3 } else { 1e-3 };
+    close(&bench.read_half(out, expected.len(), dtype), &expected, limit, &format!("prefill hd {hd} group {group}"));
+    bench.bytes(out, 2 * expected.len())
+}
+
+#[test]
+fn unsupported_shapes_are_errors() {
+    for (dtype, hd, group) in [(DType::F32, 64, 1), (DType::BF16, 72, 1), (DType::BF16, 64, 17), (DType::BF16, 256, 9)] {
+        assert!(Kernels::new(dtype, hd, group, 1, 227 * 1024).is_err());
+    }
+    // The device trait's own contract, as the engine relies on it.
+    let bench = Bench::new(0);
+    let at = bench.room(8);
+    bench.device.zero(at, 8).unwrap();
+    assert_eq!(bench.bytes(at, 8), [0; 8]);
+}

@@ -1,0 +1,154 @@
+//! Head and neuron selection against sorting: exact, ties to the lower index, NaN last.
+
+use crate::bench::{Bench, Rng};
+use crate::orders;
+use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::params::*;
+use polar_sparsity::dtype::DType;
+
+const T: DType = DType::BF16;
+
+fn kernels() -> Kernels {
+    Kernels::new(T, 64, 1, 3, 227 * 1024).unwrap()
+}
+
+/// The `k` best of `scores`, ascending: higher first, ties to the lower index, NaN last.
+fn best(scores: &[f64], k: usize) -> Vec<u32> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| {
+        let (x, y) = (scores[a], scores[b]);
+        x.is_nan().cmp(&y.is_nan()).then(y.partial_cmp(&x).unwrap_or(std::cmp::Ordering::Equal)).then(a.cmp(&b))
+    });
+    let mut kept: Vec<u32> = order[..k].iter().map(|&i| i as u32).collect();
+    kept.sort_unstable();
+    kept
+}
+
+#[test]
+fn heads() {
+    for (units, per_unit, width) in [(8, 1, 64), (8, 4, 256), (72, 1, 64), (5, 7, 448)] {
+        orders(|b| select_heads(b, units, per_unit, width));
+    }
+}
+
+fn select_heads(bench: &Bench, units: usize, per_unit: usize, width: usize) -> Vec<u8> {
+    let mut rng = Rng(units as u64);
+    let (sequences, rows, columns) = (7usize, 9usize, units * per_unit);
+    let mut logits = rng.vector(rows * columns, 1.0, DType::F32);
+    logits[columns..2 * columns].fill(0.25); // all equal
+    for (i, v) in logits[2 * columns..3 * columns].iter_mut().enumerate() {
+        *v = if i % 2 == 0 { 0.0 } else { -0.0 };
+    }
+    logits[3 * columns..3 * columns + per_unit].fill(f64::NAN);
+    logits[4 * columns - 1] = f64::INFINITY;
+    logits[4 * columns] = f64::NEG_INFINITY;
+    logits[sequences * columns..].fill(f64::NAN); // prompt rows: never read
+    let keep: Vec<u32> = [1, units / 2, 3, units - 1, 2, units, units / 2 + 1].iter().map(|&k| k as u32).collect();
+    let bias = vec![0.0; columns];
+    let selected = bench.room(2 * sequences * units);
+    let attention = bench.room(2 * sequences * units * width);
+    let nan_count = bench.words(&[0]);
+    bench.start(
+        &kernels().select_heads(sequences as u32),
+        &SelectParams {
+            logits: Partial { data: bench.floats(&logits), splits: 1, columns: columns as u32 },
+            bias: bench.half(&bias, T),
+            keep: bench.words(&keep),
+            selected,
+            attention,
+            nan_count,
+            rows: rows as u32,
+            units: units as u32,
+            unit_width: width as u32,
+        },
+    );
+    let list = bench.bytes(selected, 2 * sequences * units);
+    let zeros = bench.bytes(attention, 2 * sequences * units * width);
+    for b in 0..sequences {
+        let scores: Vec<f64> = (0..units)
+            .map(|u| {
+                let group = &logits[b * columns + u * per_unit..][..per_unit];
+                let max = group.iter().copied().filter(|v| !v.is_nan()).fold(f64::NEG_INFINITY, f64::max);
+                if group.iter().all(|v| v.is_nan()) { f64::NAN } else { max }
+            })
+            .collect();
+        let expected = best(&scores, keep[b] as usize);
+        let got: Vec<u32> = (0..keep[b] as usize)
+            .map(|j| {
+                let at = 2 * (b * units + j);
+                u32::from(u16::from_le_bytes([list[at], list[at + 1]]))
+            })
+            .collect();
+        assert_eq!(got, expected, "sequence {b}");
+        for u in 0..units {
+            let row = &zeros[2 * (b * units + u) * width..][..2 * width];
+            let filler = if expected.contains(&(u as u32)) { 0xff } else { 0 };
+            assert!(row.iter().all(|&v| v == filler), "sequence {b} unit {u}");
+        }
+    }
+    assert_eq!(bench.read_words(nan_count, 1), [1]);
+    list
+}
+
+#[test]
+fn neurons() {
+    for (n, keep0, keep_other) in [(1000, 130, 77), (1000, 1000, 1), (33, 1, 32), (4096, 2049, 512), (64, NONE, 9)] {
+        orders(|b| select_neurons(b, n, keep0, keep_other));
+    }
+}
+
+fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u8> {
+    let mut rng = Rng(n as u64);
+    // Rows 0, 2, 3 in group 0; row 1 and row 4 alone; row 5 is padding.
+    let group = [0u32, 1, 0, 0, 2, NONE];
+    let (rows, splits) = (group.len(), 2);
+    // Coarse values, so that sums tie often.
+    let mut logits: Vec<f64> = (0..rows * n).map(|_| (rng.normal() * 4.0).round() / 4.0).collect();
+    logits[4 * n..5 * n].fill(-1.0); // nothing positive: the lowest indices stay
+    logits[2 * n + 5] = f64::NAN;
+    logits[5 * n..].fill(f64::NAN);
+    let mut halves: Vec<f64> = logits.iter().map(|v| v / 2.0).collect();
+    halves.extend(halves.clone());
+    let words = n.div_ceil(32);
+    let wanted = if keep0 == NONE { 0 } else { keep0 as usize };
+    let index = bench.room(4 * wanted.next_multiple_of(8).max(8));
+    let masks = bench.room(4 * 3 * words);
+    let nan_count = bench.words(&[0]);
+    let scores = bench.room(4 * 3 * n);
+    let params = NeuronParams {
+            logits: Partial { data: bench.floats(&halves), splits, columns: n as u32 },
+            scores,
+            group: bench.words(&group),
+            index,
+            masks,
+            nan_count,
+            rows: rows as u32,
+            n: n as u32,
+            keep0,
+            keep_other,
+            first_group: 0,
+        };
+    bench.start(&kernels().neuron_scores(3, n as u32), &params);
+    bench.start(&kernels().select_neurons(3, n as u32), &params);
+    let got = bench.read_words(masks, 3 * words);
+    for g in 0..3u32 {
+        let keep = if g == 0 { keep0 } else { keep_other };
+        if keep == NONE {
+            continue;
+        }
+        let scores: Vec<f64> = (0..n)
+            .map(|j| (0..rows).filter(|&r| group[r] == g).map(|r| logits[r * n + j]).map(|v| if v < 0.0 { 0.0 } else { v }).sum())
+            .collect();
+        let expected = best(&scores, keep as usize);
+        let mask = &got[g as usize * words..][..words];
+        let kept: Vec<u32> = (0..n as u32).filter(|&j| mask[j as usize / 32] >> (j % 32) & 1 == 1).collect();
+        assert_eq!(kept, expected, "group {g}");
+        if g == 0 {
+            let list = bench.read_words(index, wanted.next_multiple_of(8));
+            assert_eq!(&list[..wanted], expected);
+            assert!(list[wanted..].iter().all(|&i| i == 0));
+        }
+    }
+    assert_eq!(bench.read_words(nan_count, 1), [if keep0 == NONE { 0 } else { 1 }]);
+    bench.bytes(masks, 4 * words)
+}
