@@ -26,7 +26,9 @@ pub(crate) fn kernels() {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let Some(nvcc) = nvcc() else {
-        println!("cargo::warning=no nvcc: building without CUDA kernels (tools/cuda_toolchain.sh fetches one)");
+        println!(
+            "cargo::warning=no nvcc: building without CUDA kernels (tools/cuda_toolchain.sh fetches one)"
+        );
         return;
     };
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels.fatbin");
@@ -39,7 +41,8 @@ pub(crate) fn kernels() {
     if archs == ARCHS {
         command.arg("-gencode=arch=compute_80,code=compute_80");
     }
-    let output = command.arg("cuda/kernels.cu").output().unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
+    let output =
+        command.arg("cuda/kernels.cu").output().unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "nvcc could not compile the kernels:\n{log}");
     report(&log);

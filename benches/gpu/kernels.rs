@@ -69,7 +69,10 @@ pub(crate) fn attention(gpu: &Gpu) {
     }
 }
 
-fn attention_case(gpu: &Gpu, (heads, kv_heads, batch, context, density, ragged): (u32, u32, u32, u32, f64, bool)) {
+fn attention_case(
+    gpu: &Gpu,
+    (heads, kv_heads, batch, context, density, ragged): (u32, u32, u32, u32, f64, bool),
+) {
     const HD: u32 = 128;
     let mut rng = Rng(7);
     let k = gpu.kernels(HD, heads / kv_heads);
@@ -93,9 +96,11 @@ fn attention_case(gpu: &Gpu, (heads, kv_heads, batch, context, density, ragged):
         kept.resize(kv_heads as usize, 0);
         selected.extend(kept.iter().map(|&h| h as u16));
     }
-    let packed: Vec<u32> = selected.chunks(2).map(|c| u32::from(c[0]) | u32::from(*c.get(1).unwrap_or(&0)) << 16).collect();
+    let packed: Vec<u32> =
+        selected.chunks(2).map(|c| u32::from(c[0]) | u32::from(*c.get(1).unwrap_or(&0)) << 16).collect();
     let launch = k.decode();
-    let (q, out) = (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
+    let (q, out) =
+        (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
     let [first, lengths_d, prefix, keep_d] =
         [&first, &lengths, &prefix, &vec![keep; batch as usize]].map(|v| gpu.words(v));
     let skip = gpu.words(&vec![0; batch as usize]);
@@ -140,7 +145,13 @@ fn attention_case(gpu: &Gpu, (heads, kv_heads, batch, context, density, ragged):
 
 /// Products of a decode step, LLaMA-3.1-8B shapes and OPT-6.7B's.
 pub(crate) fn products(gpu: &Gpu) {
-    let shapes = [("qkv", 6144, 4096), ("o", 4096, 4096), ("gate_up", 28672, 4096), ("down", 4096, 14336), ("head", 128_256, 4096)];
+    let shapes = [
+        ("qkv", 6144, 4096),
+        ("o", 4096, 4096),
+        ("gate_up", 28672, 4096),
+        ("down", 4096, 14336),
+        ("head", 128_256, 4096),
+    ];
     for (name, n, k) in shapes {
         for rows in [1, 8, 16, 32, 64, 128, 512] {
             if rows <= 64 {
@@ -154,7 +165,8 @@ pub(crate) fn products(gpu: &Gpu) {
 fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, stored: Option<u32>) {
     let kernels = gpu.kernels(128, 1);
     let down = kernel == "linear_down";
-    let (launch, splits) = if down { kernels.linear_transposed(rows, n, k) } else { kernels.linear(rows, n, k) };
+    let (launch, splits) =
+        if down { kernels.linear_transposed(rows, n, k) } else { kernels.linear(rows, n, k) };
     let bytes = u64::from(n) * u64::from(k) * 2;
     let matrix = stored.map_or(bytes, |s| bytes / u64::from(if down { k } else { n }) * u64::from(s));
     let copies = gpu.copies(bytes);
@@ -210,8 +222,12 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
         let k = gpu.kernels(128, 1);
         let splits = k.linear(rows, n, r).1;
         let logits = gpu.room(u64::from(rows) * u64::from(n) * 4 * u64::from(splits));
-        let (index, masks, group, nan) =
-            (gpu.room(4 * u64::from(n)), gpu.room(4 * u64::from(n)), gpu.room(4 * u64::from(rows)), gpu.room(4));
+        let (index, masks, group, nan) = (
+            gpu.room(4 * u64::from(n)),
+            gpu.room(4 * u64::from(n)),
+            gpu.room(4 * u64::from(rows)),
+            gpu.room(4),
+        );
         let launch = k.select_neurons(1, n);
         let scores = gpu.random(2 * u64::from(n), 1.0);
         let params = NeuronParams {
@@ -228,11 +244,23 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             first_group: 0,
         };
         let us = gpu.time(1, |_| gpu.start(&k.neuron_scores(1, n), &params));
-        gpu.report("neuron_scores", &format!("B={rows} n={n} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        gpu.report(
+            "neuron_scores",
+            &format!("B={rows} n={n} splits {splits}"),
+            &format!(r#""rows":{rows}"#),
+            us,
+            0.0,
+        );
         gpu.random_into(scores.at, 2 * u64::from(n));
         let us = gpu.time(1, |_| gpu.start(&launch, &params));
         let bytes = f64::from(rows) * f64::from(n) * 4.0 * f64::from(splits);
-        gpu.report("select_neurons", &format!("B={rows} n={n} splits {splits}"), &format!(r#""rows":{rows}"#), us, bytes);
+        gpu.report(
+            "select_neurons",
+            &format!("B={rows} n={n} splits {splits}"),
+            &format!(r#""rows":{rows}"#),
+            us,
+            bytes,
+        );
     }
 }
 
@@ -258,11 +286,18 @@ pub(crate) fn small(gpu: &Gpu) {
             ..NormParams::default()
         };
         let us = gpu.time(1, |_| gpu.start(&k.norm(rows, d), &norm));
-        gpu.report("norm", &format!("B={rows} splits {}", norm.delta.splits), &format!(r#""rows":{rows}"#), us, 0.0);
+        gpu.report(
+            "norm",
+            &format!("B={rows} splits {}", norm.delta.splits),
+            &format!(r#""rows":{rows}"#),
+            us,
+            0.0,
+        );
         let kv = gpu.room(u64::from(rows) * u64::from(kv_heads) * 8192);
         let rotation = gpu.room(4 * u64::from(rows) * u64::from(hd));
         let index: Vec<u32> = (0..rows).collect();
-        let (positions, slots) = (gpu.words(&index), gpu.words(&index.iter().map(|i| i * 16).collect::<Vec<_>>()));
+        let (positions, slots) =
+            (gpu.words(&index), gpu.words(&index.iter().map(|i| i * 16).collect::<Vec<_>>()));
         let qkv = QkvParams {
             qkv: Partial { data: sums.at, splits, columns },
             rotation: rotation.at,
@@ -288,7 +323,13 @@ pub(crate) fn small(gpu: &Gpu) {
             ..ActivateParams::default()
         };
         let us = gpu.time(1, |_| gpu.start(&k.activate(rows, ffn), &act));
-        gpu.report("activate", &format!("B={rows} splits {}", act.input.splits), &format!(r#""rows":{rows}"#), us, 0.0);
+        gpu.report(
+            "activate",
+            &format!("B={rows} splits {}", act.input.splits),
+            &format!(r#""rows":{rows}"#),
+            us,
+            0.0,
+        );
         let (keep, selected, nan) =
             (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
         let select = SelectParams {
@@ -320,7 +361,13 @@ pub(crate) fn small(gpu: &Gpu) {
             vocab,
         };
         let us = gpu.time(1, |_| gpu.start(&k.argmax(rows), &params));
-        gpu.report("argmax", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, f64::from(rows * vocab) * 4.0);
+        gpu.report(
+            "argmax",
+            &format!("B={rows}"),
+            &format!(r#""rows":{rows}"#),
+            us,
+            f64::from(rows * vocab) * 4.0,
+        );
     }
 }
 
@@ -356,7 +403,10 @@ pub(crate) fn prefill(gpu: &Gpu) {
         let us = gpu.time(1, |_| gpu.start(&launch, &params));
         let flops = 2.0 * f64::from(tokens) * f64::from(tokens) * f64::from(heads * hd);
         println!("attention_prefill  causal {tokens}: {us:.1} us, {:.0} TFLOP/s", flops / us / 1e6);
-        println!(r#"{{"kind":"kernel","kernel":"attention_prefill","tokens":{tokens},"us":{us:.2},"tflops":{:.1}}}"#, flops / us / 1e6);
+        println!(
+            r#"{{"kind":"kernel","kernel":"attention_prefill","tokens":{tokens},"us":{us:.2},"tflops":{:.1}}}"#,
+            flops / us / 1e6
+        );
     }
     gpu.device.synchronize().unwrap();
 }

@@ -15,11 +15,36 @@ pub(crate) struct Model {
 pub(crate) fn all() -> Vec<Model> {
     let opt_neurons = &[(1, 0.095), (8, 0.290), (32, 0.517), (64, 0.623)];
     vec![
-        Model { name: "opt-6.7b", spec: opt([50_272, 32, 4096, 32, 32, 128, 16_384, 2048]), density: 0.5, neurons: opt_neurons },
-        Model { name: "llama-2-7b", spec: rope([32_000, 32, 4096, 32, 32, 128, 11_008, 4096], 1e4, false), density: 0.5, neurons: &[] },
-        Model { name: "llama-3.1-8b", spec: rope([128_256, 32, 4096, 32, 8, 128, 14_336, 131_072], 5e5, false), density: 0.625, neurons: &[] },
-        Model { name: "qwen2.5-7b", spec: rope([152_064, 28, 3584, 28, 4, 128, 18_944, 32_768], 1e6, true), density: 0.75, neurons: &[] },
-        Model { name: "mistral-7b", spec: rope([32_768, 32, 4096, 32, 8, 128, 14_336, 32_768], 1e6, false), density: 0.5, neurons: &[] },
+        Model {
+            name: "opt-6.7b",
+            spec: opt([50_272, 32, 4096, 32, 32, 128, 16_384, 2048]),
+            density: 0.5,
+            neurons: opt_neurons,
+        },
+        Model {
+            name: "llama-2-7b",
+            spec: rope([32_000, 32, 4096, 32, 32, 128, 11_008, 4096], 1e4, false),
+            density: 0.5,
+            neurons: &[],
+        },
+        Model {
+            name: "llama-3.1-8b",
+            spec: rope([128_256, 32, 4096, 32, 8, 128, 14_336, 131_072], 5e5, false),
+            density: 0.625,
+            neurons: &[],
+        },
+        Model {
+            name: "qwen2.5-7b",
+            spec: rope([152_064, 28, 3584, 28, 4, 128, 18_944, 32_768], 1e6, true),
+            density: 0.75,
+            neurons: &[],
+        },
+        Model {
+            name: "mistral-7b",
+            spec: rope([32_768, 32, 4096, 32, 8, 128, 14_336, 32_768], 1e6, false),
+            density: 0.5,
+            neurons: &[],
+        },
     ]
 }
 

@@ -30,7 +30,9 @@ struct Times {
 
 /// `wanted`: names of models, all when empty; `few`: only the points of the plan.
 pub(crate) fn steps(device: Arc<Driver>, ceiling: f64, wanted: &[String], few: bool) {
-    println!("model B S density | dense ms (host) | polar ms (host) | ratio, floor ratio | dense/floor | polar tokens/s");
+    println!(
+        "model B S density | dense ms (host) | polar ms (host) | ratio, floor ratio | dense/floor | polar tokens/s"
+    );
     for model in all() {
         if !wanted.is_empty() && !wanted.iter().any(|w| w == model.name) {
             continue;
@@ -65,12 +67,8 @@ fn point(
     context: u32,
 ) {
     let pages = context.div_ceil(16) as usize * batch as usize;
-    let limits = Limits {
-        max_batch: batch as usize,
-        max_rows: batch as usize,
-        pages,
-        max_context: context as usize,
-    };
+    let limits =
+        Limits { max_batch: batch as usize, max_rows: batch as usize, pages, max_context: context as usize };
     let mut kv = cuda.kv(weights, &limits).unwrap();
     cuda.fill_random(weights, &mut kv).unwrap();
     let mut scratch = cuda.scratch(weights, Some(routers), &limits).unwrap();
@@ -80,7 +78,8 @@ fn point(
         let (mut whole, mut host) = (vec![], vec![]);
         for i in 0..13 {
             let start = Instant::now();
-            let mut r = Run { backend: cuda, weights, routers: Some(routers), kv: &mut kv, scratch: &mut scratch };
+            let mut r =
+                Run { backend: cuda, weights, routers: Some(routers), kv: &mut kv, scratch: &mut scratch };
             enqueue(&mut r, &step, &Greedy, &mut report).unwrap();
             let enqueued = start.elapsed().as_secs_f64() * 1e3;
             assert!(cuda.poll(&mut scratch, &step, &mut report, u64::MAX).unwrap());
@@ -175,7 +174,8 @@ fn make(
     }
     let options = Options::default();
     let page = cuda.page_bytes(weights) / PAGE_TOKENS as u64;
-    let policy = Policy::new(&model.spec, Some(model.routers()), options, cuda.weight_bytes(weights), page).unwrap();
+    let policy =
+        Policy::new(&model.spec, Some(model.routers()), options, cuda.weight_bytes(weights), page).unwrap();
     policy.fill(&mut step.plan, &demands);
     step
 }

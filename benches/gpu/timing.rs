@@ -57,7 +57,8 @@ impl Gpu {
     }
 
     pub(crate) fn kernels(&self, head_dim: u32, group: u32) -> Kernels {
-        Kernels::new(T, head_dim, group, self.device.multiprocessors(), self.device.shared_per_block()).unwrap()
+        Kernels::new(T, head_dim, group, self.device.multiprocessors(), self.device.shared_per_block())
+            .unwrap()
     }
 
     /// Zeroed memory.
@@ -79,7 +80,8 @@ impl Gpu {
     /// Overwrites `count` 16-bit numbers.
     pub(crate) fn random_into(&self, at: Ptr, count: u64) {
         let launch = self.kernels(128, 1).fill(T).unwrap();
-        device::start(&*self.device, &launch, &FillParams { at, count, seed: 9, scale: 1.0, offset: 0.0 }).unwrap();
+        device::start(&*self.device, &launch, &FillParams { at, count, seed: 9, scale: 1.0, offset: 0.0 })
+            .unwrap();
     }
 
     pub(crate) fn words(&self, v: &[u32]) -> Memory<'_> {
@@ -120,7 +122,10 @@ impl Gpu {
     /// One line of the table, and its JSON twin.
     pub(crate) fn report(&self, kernel: &str, case: &str, json: &str, us: f64, bytes: f64) {
         let tbps = bytes / us / 1e6;
-        println!("{kernel:<18} {case:<46} {us:>9.2} us {tbps:>6.3} TB/s {:>4.0} %", 100.0 * tbps / self.ceiling);
+        println!(
+            "{kernel:<18} {case:<46} {us:>9.2} us {tbps:>6.3} TB/s {:>4.0} %",
+            100.0 * tbps / self.ceiling
+        );
         println!(
             r#"{{"kind":"kernel","kernel":"{kernel}",{json},"us":{us:.3},"bytes":{bytes:.0},"tbps":{tbps:.4},"read_tbps":{:.3}}}"#,
             self.ceiling

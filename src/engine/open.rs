@@ -1,9 +1,9 @@
 //! From paths to engines, whatever the backend: the only place that knows there is more than one.
 
 use super::events::EventSink;
+use super::gpu;
 use super::on::{EngineOn, ModelOn, RoutersOn};
 use super::types::{Delivered, EngineOptions, Request, SeqId, Stats};
-use super::gpu;
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, WeightOptions};
 use crate::dtype::DType;
@@ -257,7 +257,9 @@ impl Engine {
         let other_device = || Error::invalid("the routers were loaded for a model on another device");
         let engine = match (&model.on, routers.map(|r| &r.on)) {
             (AnyModel::Cpu(m), None) => AnyEngine::Cpu(EngineOn::new(m, None, options)?),
-            (AnyModel::Cpu(m), Some(AnyRouters::Cpu(r))) => AnyEngine::Cpu(EngineOn::new(m, Some(r), options)?),
+            (AnyModel::Cpu(m), Some(AnyRouters::Cpu(r))) => {
+                AnyEngine::Cpu(EngineOn::new(m, Some(r), options)?)
+            }
             #[cfg(feature = "cuda")]
             (AnyModel::Cuda(m), None) => AnyEngine::Cuda(EngineOn::new(m, None, options)?),
             #[cfg(feature = "cuda")]

@@ -23,7 +23,13 @@ impl Cache {
     fn new(rng: &mut Rng, dtype: DType, hd: usize, kv_heads: usize, lengths: &[usize]) -> Cache {
         let pages: usize = lengths.iter().map(|l| l.div_ceil(16)).sum();
         let mut ids = rng.shuffled(pages + 3).into_iter();
-        let mut cache = Cache { dtype, hd, kv_heads, pool: vec![f64::NAN; (pages + 3) * kv_heads * 32 * hd], tables: vec![] };
+        let mut cache = Cache {
+            dtype,
+            hd,
+            kv_heads,
+            pool: vec![f64::NAN; (pages + 3) * kv_heads * 32 * hd],
+            tables: vec![],
+        };
         for &length in lengths {
             let table: Vec<u32> = (0..length.div_ceil(16)).map(|_| ids.next().unwrap() as u32).collect();
             for token in 0..length {
@@ -187,7 +193,10 @@ fn case() -> Case {
 fn decode_every_head_size_and_type() {
     for dtype in [DType::BF16, DType::F16] {
         for hd in [64, 80, 96, 128, 256] {
-            decode(&Bench::new(0), &Case { dtype, hd, lengths: vec![0, 1, 17, 83], keep: vec![2; 4], ..case() });
+            decode(
+                &Bench::new(0),
+                &Case { dtype, hd, lengths: vec![0, 1, 17, 83], keep: vec![2; 4], ..case() },
+            );
         }
     }
 }
@@ -202,7 +211,9 @@ fn decode_every_group() {
 #[test]
 fn decode_lengths_workers_and_orders() {
     for (multiprocessors, min_pages) in [(1, 4), (3, 1), (20, 1), (132, 4)] {
-        orders(|b| decode(b, &Case { multiprocessors, min_pages, keep: vec![2, 1, 3, 1, 2, 3, 1], ..case() }));
+        orders(|b| {
+            decode(b, &Case { multiprocessors, min_pages, keep: vec![2, 1, 3, 1, 2, 3, 1], ..case() })
+        });
     }
 }
 
@@ -229,7 +240,9 @@ fn decode_all_selected_is_dense_bit_for_bit() {
 
 #[test]
 fn prefill_chunks_groups_and_windows() {
-    for (hd, group, window) in [(64, 1, usize::MAX), (64, 4, 20), (80, 7, usize::MAX), (96, 16, 33), (128, 2, usize::MAX)] {
+    for (hd, group, window) in
+        [(64, 1, usize::MAX), (64, 4, 20), (80, 7, usize::MAX), (96, 16, 33), (128, 2, usize::MAX)]
+    {
         orders(|b| prefill(b, DType::BF16, hd, group, window));
     }
     prefill(&Bench::new(0), DType::F16, 128, 3, usize::MAX);
@@ -280,13 +293,20 @@ fn prefill(bench: &Bench, dtype: DType, hd: usize, group: usize, window: usize) 
     };
     bench.start(&k.prefill(tiles.len() as u32 / 5, kv_heads as u32).unwrap(), &params);
     let limit = if dtype == DType::BF16 { 4e-3 } else { 1e-3 };
-    close(&bench.read_half(out, expected.len(), dtype), &expected, limit, &format!("prefill hd {hd} group {group}"));
+    close(
+        &bench.read_half(out, expected.len(), dtype),
+        &expected,
+        limit,
+        &format!("prefill hd {hd} group {group}"),
+    );
     bench.bytes(out, 2 * expected.len())
 }
 
 #[test]
 fn unsupported_shapes_are_errors() {
-    for (dtype, hd, group) in [(DType::F32, 64, 1), (DType::BF16, 72, 1), (DType::BF16, 64, 17), (DType::BF16, 256, 9)] {
+    for (dtype, hd, group) in
+        [(DType::F32, 64, 1), (DType::BF16, 72, 1), (DType::BF16, 64, 17), (DType::BF16, 256, 9)]
+    {
         assert!(Kernels::new(dtype, hd, group, 1, 227 * 1024).is_err());
     }
     // The device trait's own contract, as the engine relies on it.

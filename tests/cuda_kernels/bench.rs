@@ -107,7 +107,13 @@ impl Bench {
             .as_chunks::<2>()
             .0
             .iter()
-            .map(|&b| if dtype == DType::BF16 { bf16::from_le_bytes(b).to_f64() } else { f16::from_le_bytes(b).to_f64() })
+            .map(|&b| {
+                if dtype == DType::BF16 {
+                    bf16::from_le_bytes(b).to_f64()
+                } else {
+                    f16::from_le_bytes(b).to_f64()
+                }
+            })
             .collect()
     }
     pub fn read_floats(&self, at: Ptr, n: usize) -> Vec<f64> {

@@ -89,17 +89,24 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
 #[test]
 fn skinny_products_at_every_tile_edge() {
     for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
-        product(&Bench::new(0), &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n: 70, k: 264, stored: None });
+        product(
+            &Bench::new(0),
+            &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n: 70, k: 264, stored: None },
+        );
     }
     for (n, k) in [(1, 8), (64, 32), (65, 40), (200, 1032)] {
-        orders(|b| product(b, &Case { dtype: DType::F16, layout: Layout::Rows, rows: 3, n, k, stored: None }));
+        orders(|b| {
+            product(b, &Case { dtype: DType::F16, layout: Layout::Rows, rows: 3, n, k, stored: None })
+        });
     }
 }
 
 #[test]
 fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
-        orders(|b| product(b, &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) }));
+        orders(|b| {
+            product(b, &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) })
+        });
     }
 }
 
@@ -110,7 +117,9 @@ fn down_products_dense_and_of_listed_rows() {
         product(&Bench::new(0), &c);
     }
     for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
-        orders(|b| product(b, &Case { dtype: DType::F16, layout: Layout::Columns, rows: 5, n, k, stored: None }));
+        orders(|b| {
+            product(b, &Case { dtype: DType::F16, layout: Layout::Columns, rows: 5, n, k, stored: None })
+        });
     }
 }
 

@@ -62,7 +62,9 @@ fn embedding_with_and_without_positions() {
 
 #[test]
 fn norms_add_the_pending_sum_first() {
-    for (layer_norm, splits, mapped) in [(true, 3, false), (false, 1, false), (false, 0, false), (true, 2, true)] {
+    for (layer_norm, splits, mapped) in
+        [(true, 3, false), (false, 1, false), (false, 0, false), (true, 2, true)]
+    {
         orders(|bench| norm(bench, layer_norm, splits, mapped));
     }
 }
@@ -86,7 +88,9 @@ fn norm(bench: &Bench, layer_norm: bool, splits: usize, mapped: bool) -> Vec<u8>
         let mean = if layer_norm { row.iter().sum::<f64>() / hidden as f64 } else { 0.0 };
         let square = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / hidden as f64;
         for i in 0..hidden {
-            expected.push((row[i] - mean) / (square + eps).sqrt() * weight[i] + if layer_norm { bias[i] } else { 0.0 });
+            expected.push(
+                (row[i] - mean) / (square + eps).sqrt() * weight[i] + if layer_norm { bias[i] } else { 0.0 },
+            );
         }
     }
     let stream = bench.floats(&residual);
@@ -130,7 +134,15 @@ fn qkv_bias_norm_rotation_and_pages() {
     }
 }
 
-fn qkv(bench: &Bench, hd: usize, kv_heads: usize, group: usize, biased: bool, normed: bool, rotated: bool) -> Vec<u8> {
+fn qkv(
+    bench: &Bench,
+    hd: usize,
+    kv_heads: usize,
+    group: usize,
+    biased: bool,
+    normed: bool,
+    rotated: bool,
+) -> Vec<u8> {
     let mut rng = Rng(hd as u64);
     let heads = kv_heads * group;
     let (rows, columns, eps) = (4, (heads + 2 * kv_heads) * hd, 1e-6);
@@ -138,7 +150,8 @@ fn qkv(bench: &Bench, hd: usize, kv_heads: usize, group: usize, biased: bool, no
     let bias = rng.vector(columns, 1.0, T);
     let [q_norm, k_norm] = [0; 2].map(|_| rng.vector(hd, 1.0, T));
     let (positions, slots) = ([0u32, 5, 31, 2], [3 * 16 + 0u32, 5, NONE, 16 + 15]);
-    let angles: Vec<f64> = (0..32 * hd / 2).map(|i| (i / (hd / 2)) as f64 * 0.7f64.powi((i % (hd / 2)) as i32)).collect();
+    let angles: Vec<f64> =
+        (0..32 * hd / 2).map(|i| (i / (hd / 2)) as f64 * 0.7f64.powi((i % (hd / 2)) as i32)).collect();
     let table: Vec<f64> = angles.iter().flat_map(|a| [a.cos(), a.sin()]).collect();
     let mut q = vec![0.0; rows * heads * hd];
     let mut pool = vec![f64::NAN; 4 * kv_heads * 32 * hd];
@@ -198,7 +211,10 @@ fn qkv(bench: &Bench, hd: usize, kv_heads: usize, group: usize, biased: bool, no
     close(&bench.read_half(out, q.len(), T), &q, ROUNDING, "q");
     let got = bench.read_half(kv, pool.len(), T);
     let written: Vec<usize> = (0..pool.len()).filter(|&i| !pool[i].is_nan()).collect();
-    assert!((0..pool.len()).all(|i| pool[i].is_nan() == got[i].is_nan()), "only the tokens' own places are written");
+    assert!(
+        (0..pool.len()).all(|i| pool[i].is_nan() == got[i].is_nan()),
+        "only the tokens' own places are written"
+    );
     let pick = |v: &[f64]| written.iter().map(|&i| v[i]).collect::<Vec<_>>();
     close(&pick(&got), &pick(&pool), ROUNDING, "k and v");
     bench.bytes(kv, 2 * pool.len())
@@ -276,15 +292,23 @@ fn argmax_ties_nan_and_log_probability() {
     logits[3].fill(f64::NEG_INFINITY);
     let (token, logprob) = (bench.room(16), bench.room(16));
     let (parts, counters) = (bench.room(4 * 32 * 12), bench.words(&[0; 4]));
-    let params =
-        ArgmaxParams { logits: bench.floats(&logits.concat()), token, logprob, parts, counters, vocab: vocab as u32 };
+    let params = ArgmaxParams {
+        logits: bench.floats(&logits.concat()),
+        token,
+        logprob,
+        parts,
+        counters,
+        vocab: vocab as u32,
+    };
     for _ in 0..2 {
         bench.start(&kernels(64, 1).argmax(4), &params);
     }
     let (tokens, logprobs) = (bench.read_words(token, 4), bench.read_floats(logprob, 4));
     for r in 0..2 {
         let row = &logits[r];
-        let best = (0..vocab).rev().fold(0, |best, i| if row[i] >= row[best] || row[best].is_nan() { i } else { best });
+        let best = (0..vocab)
+            .rev()
+            .fold(0, |best, i| if row[i] >= row[best] || row[best].is_nan() { i } else { best });
         let sum: f64 = row.iter().filter(|v| !v.is_nan()).map(|v| (v - row[best]).exp()).sum();
         assert_eq!(tokens[r] as usize, best);
         assert!((logprobs[r] + sum.ln()).abs() < 1e-5, "{} {}", logprobs[r], -sum.ln());

@@ -17,7 +17,10 @@ fn best(scores: &[f64], k: usize) -> Vec<u32> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| {
         let (x, y) = (scores[a], scores[b]);
-        x.is_nan().cmp(&y.is_nan()).then(y.partial_cmp(&x).unwrap_or(std::cmp::Ordering::Equal)).then(a.cmp(&b))
+        x.is_nan()
+            .cmp(&y.is_nan())
+            .then(y.partial_cmp(&x).unwrap_or(std::cmp::Ordering::Equal))
+            .then(a.cmp(&b))
     });
     let mut kept: Vec<u32> = order[..k].iter().map(|&i| i as u32).collect();
     kept.sort_unstable();
@@ -43,7 +46,8 @@ fn select_heads(bench: &Bench, units: usize, per_unit: usize, width: usize) -> V
     logits[4 * columns - 1] = f64::INFINITY;
     logits[4 * columns] = f64::NEG_INFINITY;
     logits[sequences * columns..].fill(f64::NAN); // prompt rows: never read
-    let keep: Vec<u32> = [1, units / 2, 3, units - 1, 2, units, units / 2 + 1].iter().map(|&k| k as u32).collect();
+    let keep: Vec<u32> =
+        [1, units / 2, 3, units - 1, 2, units, units / 2 + 1].iter().map(|&k| k as u32).collect();
     let bias = vec![0.0; columns];
     let selected = bench.room(2 * sequences * units);
     let attention = bench.room(2 * sequences * units * width);
@@ -92,7 +96,9 @@ fn select_heads(bench: &Bench, units: usize, per_unit: usize, width: usize) -> V
 
 #[test]
 fn neurons() {
-    for (n, keep0, keep_other) in [(1000, 130, 77), (1000, 1000, 1), (33, 1, 32), (4096, 2049, 512), (64, NONE, 9)] {
+    for (n, keep0, keep_other) in
+        [(1000, 130, 77), (1000, 1000, 1), (33, 1, 32), (4096, 2049, 512), (64, NONE, 9)]
+    {
         orders(|b| select_neurons(b, n, keep0, keep_other));
     }
 }
@@ -116,18 +122,18 @@ fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u
     let nan_count = bench.words(&[0]);
     let scores = bench.room(4 * 3 * n);
     let params = NeuronParams {
-            logits: Partial { data: bench.floats(&halves), splits, columns: n as u32 },
-            scores,
-            group: bench.words(&group),
-            index,
-            masks,
-            nan_count,
-            rows: rows as u32,
-            n: n as u32,
-            keep0,
-            keep_other,
-            first_group: 0,
-        };
+        logits: Partial { data: bench.floats(&halves), splits, columns: n as u32 },
+        scores,
+        group: bench.words(&group),
+        index,
+        masks,
+        nan_count,
+        rows: rows as u32,
+        n: n as u32,
+        keep0,
+        keep_other,
+        first_group: 0,
+    };
     bench.start(&kernels().neuron_scores(3, n as u32), &params);
     bench.start(&kernels().select_neurons(3, n as u32), &params);
     let got = bench.read_words(masks, 3 * words);
@@ -137,7 +143,13 @@ fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u
             continue;
         }
         let scores: Vec<f64> = (0..n)
-            .map(|j| (0..rows).filter(|&r| group[r] == g).map(|r| logits[r * n + j]).map(|v| if v < 0.0 { 0.0 } else { v }).sum())
+            .map(|j| {
+                (0..rows)
+                    .filter(|&r| group[r] == g)
+                    .map(|r| logits[r * n + j])
+                    .map(|v| if v < 0.0 { 0.0 } else { v })
+                    .sum()
+            })
             .collect();
         let expected = best(&scores, keep as usize);
         let mask = &got[g as usize * words..][..words];

@@ -28,7 +28,8 @@ fn library() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/host");
-        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels_host_{}.so", std::process::id()));
+        let out =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels_host_{}.so", std::process::id()));
         let done = Command::new("g++")
             .args(["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-o"])
             .arg(&out)

@@ -87,7 +87,10 @@ pub fn count() -> Result<u32> {
     let probe = catch_unwind(|| {
         // SAFETY: looks for the library; loads nothing that could fail later.
         if !unsafe { sys::is_culib_present() } {
-            return Err(Error::new(Status::E_NO_DRIVER, "CUDA: no NVIDIA driver library (libcuda) was found"));
+            return Err(Error::new(
+                Status::E_NO_DRIVER,
+                "CUDA: no NVIDIA driver library (libcuda) was found",
+            ));
         }
         let (mut version, mut n) = (0, 0);
         // SAFETY: plain queries into local variables.
@@ -110,7 +113,8 @@ pub fn count() -> Result<u32> {
         }
         Ok(n as u32)
     });
-    probe.unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
+    probe
+        .unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
 }
 
 /// A device the driver lists.
@@ -142,7 +146,8 @@ pub fn describe(ordinal: u32) -> Result<Found> {
         check("CUDA device identifier", sys::cuDeviceGetUuid_v2(&mut uuid, device))?;
         let attribute = |which| {
             let mut value = 0;
-            check("CUDA device attribute", sys::cuDeviceGetAttribute(&mut value, which, device)).map(|()| value)
+            check("CUDA device attribute", sys::cuDeviceGetAttribute(&mut value, which, device))
+                .map(|()| value)
         };
         let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
@@ -226,7 +231,11 @@ impl Driver {
                 )?;
                 check(
                     format_args!("kernel {name}: shared memory share"),
-                    sys::cuFuncSetAttribute(function, F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+                    sys::cuFuncSetAttribute(
+                        function,
+                        F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                        100,
+                    ),
                 )?;
                 driver.functions.push(function);
             }

@@ -129,7 +129,10 @@ impl Kernels {
         let stages = room.saturating_sub(fixed) / (4 * (tile_bytes + 8));
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
         let unsupported = |e: Error| {
-            Error::unsupported(format!("head size {head_dim} with {group} query heads per KV head: {}", e.message))
+            Error::unsupported(format!(
+                "head size {head_dim} with {group} query heads per KV head: {}",
+                e.message
+            ))
         };
         Ok(Kernels {
             embed: each("embed")?,
@@ -230,7 +233,12 @@ impl Kernels {
 
     /// A read of all of some memory, to measure the device's ceiling.
     pub fn read_stream(&self) -> Result<Launch> {
-        Ok(Launch { kernel: by_name("read_stream")?, grid: (4 * self.multiprocessors, 1), threads: 512, shared: 0 })
+        Ok(Launch {
+            kernel: by_name("read_stream")?,
+            grid: (4 * self.multiprocessors, 1),
+            threads: 512,
+            shared: 0,
+        })
     }
 
     /// Random contents of a 16-bit type.
@@ -246,7 +254,8 @@ impl Kernels {
 
     /// Decode attention.
     pub fn decode(&self) -> Launch {
-        let shared = decode_fixed_bytes(self.head_dim, self.group) + 4 * self.stages * (64 * self.head_dim + 8);
+        let shared =
+            decode_fixed_bytes(self.head_dim, self.group) + 4 * self.stages * (64 * self.head_dim + 8);
         Launch { kernel: self.decode, grid: (self.decode_workers(), 1), threads: 128, shared }
     }
 
@@ -306,7 +315,8 @@ impl Kernels {
         let tiles = n.div_ceil(256);
         let shared = 8 * depth * (4 * 512 + 2 * mt * 256);
         let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, 2);
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(16) / 4).min(MAX_DOWN_SPLITS);
+        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(16) / 4)
+            .min(MAX_DOWN_SPLITS);
         (Launch { kernel: self.down[i], grid: (tiles, splits), threads: 256, shared }, splits)
     }
 }

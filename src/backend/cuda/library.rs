@@ -142,7 +142,10 @@ impl Library {
             let (r, c) = if transposed { (n, k) } else { (k, n) };
             check("weights", sys::cublasLtMatrixLayoutCreate(&mut plan.weights, element, r, c, r as i64))?;
             check("input", sys::cublasLtMatrixLayoutCreate(&mut plan.x, element, k, rows, k as i64))?;
-            check("output", sys::cublasLtMatrixLayoutCreate(&mut plan.out, T::CUDA_R_32F, n, rows, n as i64))?;
+            check(
+                "output",
+                sys::cublasLtMatrixLayoutCreate(&mut plan.out, T::CUDA_R_32F, n, rows, n as i64),
+            )?;
             let mut preference = null_mut();
             check("preference", sys::cublasLtMatmulPreferenceCreate(&mut preference))?;
             let bytes = WORKSPACE;

@@ -125,7 +125,12 @@ impl<D: Device> Backend for Cuda<D> {
         self.device.free_memory()
     }
 
-    fn upload(&self, src: &dyn Weights, options: WeightOptions, progress: Progress<'_>) -> Result<Self::Weights> {
+    fn upload(
+        &self,
+        src: &dyn Weights,
+        options: WeightOptions,
+        progress: Progress<'_>,
+    ) -> Result<Self::Weights> {
         CudaWeights::upload(&self.device, src, options.dtype, progress)
     }
 
@@ -222,7 +227,14 @@ impl<D: Device> Backend for Cuda<D> {
         self.run_attend(w, kv, s, step, layer, live)
     }
 
-    fn mlp(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step, layer: usize, live: Live) -> Result<()> {
+    fn mlp(
+        &self,
+        w: &Self::Weights,
+        s: &mut Self::Scratch,
+        step: &Step,
+        layer: usize,
+        live: Live,
+    ) -> Result<()> {
         layer_of(w, layer)?;
         self.run_mlp(w, s, step, layer, live)
     }

@@ -182,9 +182,7 @@ fn places<D: Device>(
     p: &mut Places,
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
-    let forward = |n: usize, k_size: usize| {
-        sums(rows, |r| k.linear(r, n as u32, k_size as u32).1, n)
-    };
+    let forward = |n: usize, k_size: usize| sums(rows, |r| k.linear(r, n as u32, k_size as u32).1, n);
     let (mut first, mut down) = (forward(s.first(), d), 0);
     if s.gated {
         down = forward(d, s.neurons);

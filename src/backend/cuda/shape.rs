@@ -37,7 +37,9 @@ impl Shape {
             (None, DType::F32) => DType::BF16,
             (None, d) => d,
             (Some(d), stored) if d == stored && d != DType::F32 => d,
-            (Some(d), _) => return Err(Error::unsupported(format!("weights as {} on a CUDA device", d.name()))),
+            (Some(d), _) => {
+                return Err(Error::unsupported(format!("weights as {} on a CUDA device", d.name())));
+            }
         };
         let head_dim = spec.head_dim as usize;
         let hd = HEAD_DIMS.into_iter().find(|&h| h >= head_dim).ok_or_else(|| {

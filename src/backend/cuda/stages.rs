@@ -177,7 +177,15 @@ impl<D: Device> Cuda<D> {
                 }
                 let rank = l.rank as u32;
                 let narrow = self.product(s, (b.h, l.down, Ptr::NULL), (rows, rank, d), b.scores)?;
-                let z = ActivateParams { input: narrow, out: b.z, rows, n: rank, valid: rank, kind: 3, ..Default::default() };
+                let z = ActivateParams {
+                    input: narrow,
+                    out: b.z,
+                    rows,
+                    n: rank,
+                    valid: rank,
+                    kind: 3,
+                    ..Default::default()
+                };
                 self.go(s, &s.kernels.activate(rows, rank), &z)?;
                 self.product(s, (b.z, l.up, Ptr::NULL), (rows, s.shape.neurons as u32, rank), b.scores)?
             }
@@ -186,7 +194,13 @@ impl<D: Device> Cuda<D> {
         Ok(())
     }
 
-    pub(super) fn run_select(&self, s: &mut CudaScratch<D>, step: &Step, layer: usize, site: Site) -> Result<()> {
+    pub(super) fn run_select(
+        &self,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+        site: Site,
+    ) -> Result<()> {
         let unrouted = || Error::invalid(format!("layer {layer}: no {site:?} router sums"));
         let routed = s.routed.take().filter(|r| r.0 == layer).map(|r| r.1);
         let (rows, b) = (step.n_decode() as u32, s.buffers);
@@ -329,7 +343,8 @@ impl<D: Device> Cuda<D> {
             Activation::ReluGated => 2,
         };
         let which = if live == Live::Selected { s.tables.layer_groups(step, layer) } else { None };
-        let all_share = s.tables.n_reference == rows && which == Some(Groups::Reference) && rows <= SKINNY_ROWS;
+        let all_share =
+            s.tables.n_reference == rows && which == Some(Groups::Reference) && rows <= SKINNY_ROWS;
         let mut act = ActivateParams {
             gate_bias: l.gate_bias,
             up_bias: l.up_bias,
@@ -374,8 +389,16 @@ impl<D: Device> Cuda<D> {
         if n > 0 {
             self.norm(w, s, step, w.shared.final_norm, (b.last, s.tables.logit_rows(), n))?;
             let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
-            let params =
-                LinearParams { x: b.last, w: w.shared.head, index: Ptr::NULL, out: b.logits, rows: n, n: vocab, k: d, splits: 1 };
+            let params = LinearParams {
+                x: b.last,
+                w: w.shared.head,
+                index: Ptr::NULL,
+                out: b.logits,
+                rows: n,
+                n: vocab,
+                k: d,
+                splits: 1,
+            };
             if !self.by_library(s, &params, false)? {
                 self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
             }

@@ -215,13 +215,8 @@ impl Tables {
         for i in (0..seq.n_rows.div_ceil(tile_tokens)).rev() {
             let at = i * tile_tokens;
             let tokens = tile_tokens.min(seq.n_rows - at);
-            let tile = [
-                seq.first_row + at,
-                tokens,
-                seq.context - seq.n_rows + at,
-                seq.context,
-                seq.first_page,
-            ];
+            let tile =
+                [seq.first_row + at, tokens, seq.context - seq.n_rows + at, seq.context, seq.first_page];
             for (j, v) in tile.into_iter().enumerate() {
                 self.put(self.tiles, 5 * self.n_tiles as usize + j, v);
             }

@@ -127,7 +127,9 @@ impl<D: Device> CudaWeights<D> {
             ready: Vec::new(),
             read: &|role, first, count, dst| src.read_rows(role, first, count, dst),
             stored: &|role| {
-                src.info(role).map(|i| i.dtype).ok_or_else(|| Error::model(format!("weight {role:?} is missing")))
+                src.info(role)
+                    .map(|i| i.dtype)
+                    .ok_or_else(|| Error::model(format!("weight {role:?} is missing")))
             },
         };
         let (s, d) = (&w.shape, w.shape.hidden);
@@ -393,7 +395,8 @@ impl<D: Device> CudaRouters<D> {
                 let attention = info.attention.as_ref();
                 if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
                     r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
-                    r.attn = Pair { weight: p.take(r.attn_rows * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
+                    r.attn =
+                        Pair { weight: p.take(r.attn_rows * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
                 }
                 if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
                     r.rank = (rank as usize).next_multiple_of(8);
@@ -415,8 +418,13 @@ impl<D: Device> CudaRouters<D> {
         let shape = Shape::new(spec, None)?;
         let routers = CudaRouters::empty(device, &shape, info)?;
         let kernels = shape.kernels(device.multiprocessors(), device.shared_per_block())?;
-        let fill =
-            super::params::FillParams { at: routers.memory.at, count: routers.bytes / 2, seed: 2, scale: 0.03, offset: 0.0 };
+        let fill = super::params::FillParams {
+            at: routers.memory.at,
+            count: routers.bytes / 2,
+            seed: 2,
+            scale: 0.03,
+            offset: 0.0,
+        };
         start(&**device, &kernels.fill(shape.dtype)?, &fill)?;
         Ok(routers)
     }
@@ -425,7 +433,8 @@ impl<D: Device> CudaRouters<D> {
         let shape = Shape::new(spec, None)?;
         let routers = CudaRouters::empty(device, &shape, file.info())?;
         for (l, r) in routers.layers.iter().enumerate() {
-            let put = |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
+            let put =
+                |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
             if r.attn_rows > 0 {
                 put(RouterTensor::AttnWeight, r.attn.weight, shape.hidden)?;
                 put(RouterTensor::AttnBias, r.attn.bias, 1)?;
@@ -463,7 +472,8 @@ fn router_tensor<D: Device>(
         narrow(info.dtype, &raw, shape.dtype, &mut ready);
         let mut wide = try_vec(2 * n * width, 0u8, "loading buffer")?;
         for row in 0..n {
-            wide[2 * row * width..][..2 * columns].copy_from_slice(&ready[2 * row * columns..][..2 * columns]);
+            wide[2 * row * width..][..2 * columns]
+                .copy_from_slice(&ready[2 * row * columns..][..2 * columns]);
         }
         device.copy_in(at.add((2 * first * width) as u64), &wide)?;
     }
