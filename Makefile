@@ -1,10 +1,12 @@
 # make          build the library, release
 # make demo     text from the small trained models, dense and with Polar Sparsity
 #               ARGS="--model DIR --routers FILE --prompt TEXT" for your own
+#               DEVICE=cuda for the first GPU, with CUDA=1
 # make test     everything CI runs
 # make install  PREFIX=/usr/local LIBDIR=$(PREFIX)/lib DESTDIR=
 # make lint     formatting and clippy
 # make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp
+# make bench-gpu  kernels and steps on a GPU
 # make quality  perplexity of the trained models by density: fixtures/quality.md
 # make header   write include/polar_sparsity.h and the ABI lists anew
 # make clean
@@ -19,27 +21,25 @@ CXX ?= c++
 CFLAGS ?= -O2
 CXXFLAGS ?= -O2
 ARGS ?=
-# CUDA=1: with the CUDA backend; fetches NVIDIA's compiler into target/ unless there is an nvcc.
-CUDA ?=
+DEVICE ?=
+# CUDA=1 builds the CUDA backend; nvcc is fetched from PyPI into target/ where there is none. On by
+# itself where nvcc is on the PATH; CUDA= leaves it out.
+CUDA ?= $(if $(shell command -v nvcc),1)
 FEATURES := $(if $(CUDA),--features cuda)
 
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 EXAMPLES := $(TARGET)/examples-c
 
-.PHONY: build bench-gpu demo examples test test-rust test-go lint install bench quality header clean
+.PHONY: build demo examples test test-rust test-go lint install bench bench-gpu quality header clean
 
 build:
-	$(if $(CUDA),command -v nvcc >/dev/null || tools/cuda_toolchain.sh $(TARGET)/cuda-toolchain)
+	$(if $(CUDA),@command -v nvcc >/dev/null || tools/cuda_toolchain.sh)
 	$(CARGO) build --release --locked $(FEATURES)
 	ln -sf libpolar_sparsity.so $(RELEASE)/libpolar_sparsity.so.0
 
-# Needs a GPU.
-bench-gpu:
-	$(CARGO) bench --locked --features cuda --bench gpu -- $(ARGS)
-
 demo: examples
-	$(EXAMPLES)/generate $(ARGS)
+	$(EXAMPLES)/generate $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 examples: build $(EXAMPLES)/generate $(EXAMPLES)/batch $(EXAMPLES)/async $(EXAMPLES)/server
 
@@ -87,6 +87,11 @@ bench:
 	fi
 	$(CARGO) bench --locked --bench cpu -- --out $(CURDIR)/benches/results/cpu.jsonl \
 	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf)
+
+# Kernels and whole steps on the first GPU.
+bench-gpu:
+	@command -v nvcc >/dev/null || tools/cuda_toolchain.sh
+	$(CARGO) bench --locked --features cuda --bench gpu
 
 # Perplexity of the trained fixtures by density and kind of selection.
 quality:

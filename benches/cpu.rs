@@ -178,6 +178,9 @@ fn decode(bench: &mut Bench, name: &str, rig: &Rig, batch: usize, context: usize
     for i in 1..shapes.len() {
         ratio(bench, name, shapes[i], ms[0] / ms[i], bytes[0] / bytes[i], "attention");
     }
+    if context == 2048 {
+        profile(bench, name, rig, &mut cache, shapes[0]);
+    }
     if context >= 2048 {
         attention(bench, name, rig, &mut cache, shapes[0], shapes[2]);
     }
@@ -187,6 +190,22 @@ fn ratio(bench: &mut Bench, name: &str, s: Shape, speedup: f64, byte_ratio: f64,
     bench.emit(json!({
         "kind": "ratio", "model": name, "batch": s.batch, "context": s.context, "density": s.attn_density,
         "site": site, "speedup": speedup, "byte_ratio": byte_ratio, "share": speedup / byte_ratio,
+    }));
+}
+
+/// Where a dense step's time goes.
+fn profile(bench: &mut Bench, name: &str, rig: &Rig, cache: &mut Cache, shape: Shape) {
+    let step = rig.decode(shape).unwrap();
+    let mut times = [const { Vec::new() }; 4];
+    for _ in 0..5 {
+        for (all, ms) in times.iter_mut().zip(rig.stages(cache, &step).unwrap()) {
+            all.push(ms);
+        }
+    }
+    let [project, attend, mlp, logits] = times.map(|mut t| median(&mut t));
+    bench.emit(json!({
+        "kind": "profile", "model": name, "batch": shape.batch, "context": shape.context,
+        "project_ms": project, "attend_ms": attend, "mlp_ms": mlp, "logits_ms": logits,
     }));
 }
 

@@ -203,7 +203,9 @@ fn attention(threads: usize, stream: f64) {
                 bytes = rig.report.kv_bytes_dense / 2;
                 let live = if i == 0 { Live::All } else { Live::Selected };
                 time[i] = least(9, || {
-                    rig.backend.attend(&rig.weights, &mut rig.kv, &mut rig.scratch, &rig.step, 1, live).unwrap();
+                    rig.backend
+                        .attend(&rig.weights, &mut rig.kv, &mut rig.scratch, &rig.step, 1, live)
+                        .unwrap();
                 });
             }
             println!(

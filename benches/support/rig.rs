@@ -155,6 +155,30 @@ impl Rig {
         Ok(seconds)
     }
 
+    /// Milliseconds of each stage of a dense step, summed over the layers: project, attend, mlp,
+    /// logits.
+    pub fn stages(&self, cache: &mut Cache, step: &Step) -> Result<[f64; 4]> {
+        use polar_sparsity::backend::Live;
+        let (b, w, s) = (&self.cpu, &self.weights, &mut cache.scratch);
+        let mut spent = [0.0; 4];
+        let mut timed = |stage: usize, f: &mut dyn FnMut() -> Result<()>| -> Result<()> {
+            let start = Instant::now();
+            f()?;
+            spent[stage] += start.elapsed().as_secs_f64() * 1e3;
+            Ok(())
+        };
+        b.begin(w, s, step)?;
+        b.embed(w, s, step)?;
+        for layer in 0..self.spec.num_layers as usize {
+            timed(0, &mut || b.project(w, &mut cache.kv, s, step, layer))?;
+            timed(1, &mut || b.attend(w, &mut cache.kv, s, step, layer, Live::All))?;
+            timed(2, &mut || b.mlp(w, s, step, layer, Live::All))?;
+        }
+        timed(3, &mut || b.logits(w, s, step))?;
+        b.end(s, step, &mut cache.report)?;
+        Ok(spent)
+    }
+
     /// Bytes the last step had to read: weights that ran, and KV that attention read.
     pub fn bytes(&self, cache: &Cache) -> u64 {
         let r = &cache.report;

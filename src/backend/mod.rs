@@ -3,8 +3,8 @@
 //!
 //! [`decode::enqueue`] is the whole decode loop, written once for every backend.
 
-pub mod cuda;
 pub mod cpu;
+pub mod cuda;
 pub mod decode;
 pub mod null;
 pub mod step;

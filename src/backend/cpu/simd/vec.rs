@@ -78,6 +78,7 @@ pub(super) unsafe fn exp<S: Simd>(v: S::V) -> S::V {
         // operands lets a NaN through.
         let v = S::max(S::splat(-87.0), v);
         let n = S::round(S::mul(v, S::splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts; the first has few bits, so n times it is exact.
         let r = S::fma(n, S::splat(-355.0 / 512.0), v);
         let r = S::fma(n, S::splat(2.121_944_4e-4), r);
         let mut p = S::splat(1.987_569_1e-4);
