@@ -40,6 +40,8 @@ struct Bench {
     out: std::fs::File,
     threads: u32,
     quick: bool,
+    memory: ceiling::Ceiling,
+    /// GB/s of the read stream, measured just before the present case.
     ceiling: f64,
 }
 
@@ -58,6 +60,10 @@ impl Bench {
         println!("{}", fields.join("  "));
     }
 
+    fn measure_ceiling(&mut self) {
+        self.ceiling = self.memory.read_gbps(self.threads);
+    }
+
     fn reps(&self, seconds: f64) -> usize {
         let budget = if self.quick { 0.3 } else { 2.0 };
         ((budget / seconds.max(1e-6)) as usize).clamp(3, 25)
@@ -74,8 +80,14 @@ fn main() {
     let path = option("--out").unwrap_or_else(|| "benches/results/cpu.jsonl".into());
     std::fs::create_dir_all(std::path::Path::new(&path).parent().unwrap()).unwrap();
     let quick = args.iter().any(|a| a == "--quick");
-    let mut bench = Bench { out: std::fs::File::create(&path).unwrap(), threads, quick, ceiling: 0.0 };
-    bench.ceiling = ceiling::read_gbps(threads);
+    let mut bench = Bench {
+        out: std::fs::File::create(&path).unwrap(),
+        threads,
+        quick,
+        memory: ceiling::Ceiling::new(),
+        ceiling: 0.0,
+    };
+    bench.measure_ceiling();
     let line =
         json!({"kind": "ceiling", "read_gbps": bench.ceiling, "threads": threads, "processor": processor()});
     bench.emit(line);
@@ -91,7 +103,7 @@ fn main() {
             }
         }
     }
-    let again = json!({"kind": "ceiling", "read_gbps": ceiling::read_gbps(threads), "threads": threads, "when": "end"});
+    let again = json!({"kind": "ceiling", "read_gbps": bench.memory.read_gbps(threads), "threads": threads, "when": "end"});
     bench.emit(again);
 }
 
@@ -121,6 +133,7 @@ fn model(bench: &mut Bench, name: &str) {
     let rig = Rig::new(random::spec(name), bench.threads, MLP_SHARE, int8).unwrap();
     for batch in [1, 8] {
         let mut cache = rig.cache(batch, 512, batch).unwrap();
+        bench.measure_ceiling();
         let shape = Shape { batch, context: 512, attn_density: 1.0, mlp: MlpMode::Dense };
         let ms = medians(bench, &rig, &mut cache, &[shape])[0];
         emit_step(bench, name, "int8", &rig, &cache, shape, ms, 1.0);
@@ -167,6 +180,7 @@ fn emit_step(
 
 fn decode(bench: &mut Bench, name: &str, rig: &Rig, batch: usize, context: usize) {
     let mut cache = rig.cache(batch, context, batch).unwrap();
+    bench.measure_ceiling();
     let shapes = DENSITIES.map(|attn_density| Shape { batch, context, attn_density, mlp: MlpMode::Dense });
     let ms = medians(bench, rig, &mut cache, &shapes);
     let mut bytes = Vec::new();
@@ -230,6 +244,7 @@ fn attention(bench: &mut Bench, name: &str, rig: &Rig, cache: &mut Cache, dense:
 /// OPT with a tenth of its neurons at batch 1.
 fn mlp(bench: &mut Bench, name: &str, rig: &Rig) {
     let mut cache = rig.cache(1, 512, 1).unwrap();
+    bench.measure_ceiling();
     let dense = Shape { batch: 1, context: 512, attn_density: 1.0, mlp: MlpMode::Dense };
     let sparse = Shape { mlp: MlpMode::Reference, ..dense };
     let ms = medians(bench, rig, &mut cache, &[dense, sparse]);
