@@ -423,7 +423,7 @@ fn good_in(_tokens: &[i32]) -> Request {
 }
 
 fn with(set: impl FnOnce(&mut polar_sparsity::sample::Params)) -> polar_sparsity::sample::Params {
-    let mut params = greedy();
+    let mut params = polar_sparsity::sample::Params::GREEDY;
     set(&mut params);
     params
 }

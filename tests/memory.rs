@@ -143,7 +143,7 @@ impl polar_sparsity::engine::EventSink for Count {
 
 /// Different samplers in one batch, all features on in some.
 fn sampled(i: usize) -> polar_sparsity::sample::Params {
-    let mut p = greedy();
+    let mut p = polar_sparsity::sample::Params::GREEDY;
     if i.is_multiple_of(2) {
         (p.temperature, p.top_k, p.top_p, p.min_p) = (0.8, 20, 0.9, 0.01);
         (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) = (1.1, 0.2, 0.1);

@@ -225,24 +225,11 @@ fn seq(
 
 struct Greedy;
 
-const GREEDY: Params = Params {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    seed: 0,
-    n_logprobs: 0,
-    logprob: false,
-};
-
 impl History for Greedy {
     fn tokens(&self, _slot: u32) -> (&[u32], usize) {
         (&[], 0)
     }
     fn params(&self, _slot: u32) -> &Params {
-        &GREEDY
+        &Params::GREEDY
     }
 }

@@ -48,22 +48,6 @@ pub fn read_windows(path: &Path) -> std::io::Result<Vec<Vec<i32>>> {
     Ok(tokens.as_chunks::<WINDOW>().0.iter().map(|w| w.to_vec()).collect())
 }
 
-/// Greedy parameters, no penalties.
-pub fn greedy() -> Params {
-    Params {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: 0,
-        n_logprobs: 0,
-        logprob: false,
-    }
-}
-
 /// Decodes every window under `cell`, `max_batch` at a time.
 pub fn score(
     model: &Model,
@@ -91,7 +75,7 @@ pub fn score(
             priority: 0,
             ignore_eos: true,
             host_samples: true,
-            params: greedy(),
+            params: Params::GREEDY,
             attn_density: 0.0,
             mlp_mode: Some(cell.mlp),
         })

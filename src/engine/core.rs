@@ -411,20 +411,6 @@ impl<B: Backend> Core<B> {
     }
 }
 
-/// Parameters of an empty slot; no step samples from one.
-const NOBODY: Params = Params {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    seed: 0,
-    n_logprobs: 0,
-    logprob: false,
-};
-
 struct Histories<'a>(&'a [Option<Seq>]);
 
 impl History for Histories<'_> {
@@ -438,7 +424,8 @@ impl History for Histories<'_> {
     fn params(&self, slot: u32) -> &Params {
         match &self.0[slot as usize] {
             Some(seq) => &seq.params,
-            None => &NOBODY,
+            // An empty slot; no step samples from one.
+            None => &Params::GREEDY,
         }
     }
 }

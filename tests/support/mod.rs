@@ -78,21 +78,6 @@ pub fn load_routers(model: &Model, case: &str, file: &str) -> Routers {
     Routers::load(model, &golden_dir(case).join(file), &LoadOptions::default()).expect("routers")
 }
 
-pub fn greedy() -> Params {
-    Params {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seed: 0,
-        n_logprobs: 0,
-        logprob: false,
-    }
-}
-
 /// A greedy request over `tokens[first..first + n]`.
 pub fn request(first: usize, n: usize, max_new: u32) -> Request {
     Request {
@@ -105,7 +90,7 @@ pub fn request(first: usize, n: usize, max_new: u32) -> Request {
         priority: 0,
         ignore_eos: true,
         host_samples: false,
-        params: greedy(),
+        params: Params::GREEDY,
         attn_density: 0.0,
         mlp_mode: None,
     }
