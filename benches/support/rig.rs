@@ -21,6 +21,9 @@ pub struct Rig {
     routers: <Cpu as Backend>::Routers,
     info: RouterInfo,
     spec: ModelSpec,
+    /// Bytes of weights that a step reads: all of them, less an embedding table that is not also
+    /// the head.
+    read: u64,
 }
 
 /// A cache and scratch for batches up to a size.
@@ -46,7 +49,10 @@ impl Rig {
         let weights = cpu.upload(&Random::new(spec.clone()), options, &mut |_, _| 0)?;
         let file = routers::random(&spec, mlp_share)?;
         let routers = cpu.upload_routers(&spec, &file)?;
-        Ok(Rig { cpu, weights, routers, info: file.info().clone(), spec })
+        let table = u64::from(spec.vocab_size) * u64::from(spec.hidden_size) * 2;
+        // An int8 head is a matrix of its own beside the table.
+        let read = cpu.weight_bytes(&weights) - if options.dtype.is_some() { table } else { 0 };
+        Ok(Rig { cpu, weights, routers, info: file.info().clone(), spec, read })
     }
 
     pub fn cache(&self, batch: usize, context: usize, rows: usize) -> Result<Cache> {
@@ -183,7 +189,7 @@ impl Rig {
     pub fn bytes(&self, cache: &Cache) -> u64 {
         let r = &cache.report;
         let (run, total) = r.counts.iter().fold((0, 0), |(a, b), c| (a + c.mlp_run, b + c.mlp_total));
-        let mut bytes = self.cpu.weight_bytes(&self.weights) + r.kv_bytes_read;
+        let mut bytes = self.read + r.kv_bytes_read;
         if run < total {
             // Skipped neurons' rows of both matrices, and what the MLP routers read instead.
             let spec = &self.spec;
