@@ -169,7 +169,7 @@ impl<B: Backend> Core<B> {
             if let Some(seq) = &mut self.seqs[slot as usize] {
                 seq.tokens.pop();
             }
-            self.finish(inbox, slot, FinishReason::Stop, Status::OK, Some((last, false)));
+            self.finish(inbox, slot, FinishReason::Stop, Status::OK, Some(last));
         } else if seq.tokens.len() >= seq.max_tokens {
             self.finish(inbox, slot, FinishReason::Length, Status::OK, None);
         }
@@ -325,7 +325,7 @@ impl<B: Backend> Core<B> {
         }
         self.stats.tokens_out += 1;
         if is_stop(seq, &self.eos, sampled.token) {
-            self.finish(inbox, slot, FinishReason::Stop, Status::OK, Some((sampled.token, false)));
+            self.finish(inbox, slot, FinishReason::Stop, Status::OK, Some(sampled.token));
             return;
         }
         seq.tokens.push(sampled.token);
@@ -344,22 +344,10 @@ impl<B: Backend> Core<B> {
         }
     }
 
-    fn finish(
-        &mut self,
-        inbox: &Inbox,
-        slot: u32,
-        reason: FinishReason,
-        status: Status,
-        token: Option<(u32, bool)>,
-    ) {
+    /// Ends a sequence; `token` is the stop token that ended it, which is not output.
+    fn finish(&mut self, inbox: &Inbox, slot: u32, reason: FinishReason, status: Status, token: Option<u32>) {
         let Some(seq) = &self.seqs[slot as usize] else { return };
-        let event = Event {
-            token: token.map(|t| t.0),
-            is_output: token.is_some_and(|t| t.1),
-            finished: Some(reason),
-            status,
-            ..blank(seq)
-        };
+        let event = Event { token, finished: Some(reason), status, ..blank(seq) };
         self.events.push(event, &[]);
         self.remove(inbox, slot);
     }
