@@ -77,6 +77,11 @@ DEVICE float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 DEVICE float log2_fast(float x) { return __log2f(x); }
 
@@ -148,7 +153,7 @@ constexpr int TILE_ARRIVALS = 1;
 constexpr int TILE_ARRIVALS = 32;
 #endif
 
-// By one thread, before a sync_block() that comes before the first load.
+// By one thread, before a sync_warp() (or sync_block()) that comes before the first load.
 DEVICE void tile_init(TileBarrier* b) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(TILE_ARRIVALS) : "memory");
 #if __CUDA_ARCH__ >= 900

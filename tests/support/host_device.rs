@@ -11,13 +11,15 @@ use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
+type LateFn = unsafe extern "C" fn(*const c_void, u64);
 type SizesFn = unsafe extern "C" fn(*mut u32) -> c_int;
 
 struct Library {
     launch: LaunchFn,
+    late: LateFn,
     sizes: SizesFn,
 }
 
@@ -38,7 +40,7 @@ fn library() -> &'static Library {
             .expect("g++ is needed to run the kernels on the CPU");
         assert!(done.success(), "g++ could not compile cuda/host");
         let path = CString::new(out.to_str().unwrap()).unwrap();
-        // SAFETY: a library just built from this repository; its two functions have these types.
+        // SAFETY: a library just built from this repository; its functions have these types.
         let library = unsafe {
             let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
             assert!(!handle.is_null(), "cannot load {}", out.display());
@@ -49,6 +51,7 @@ fn library() -> &'static Library {
             };
             Library {
                 launch: std::mem::transmute::<*mut c_void, LaunchFn>(symbol(c"polar_host_launch")),
+                late: std::mem::transmute::<*mut c_void, LateFn>(symbol(c"polar_host_late")),
                 sizes: std::mem::transmute::<*mut c_void, SizesFn>(symbol(c"polar_host_sizes")),
             }
         };
@@ -78,7 +81,11 @@ pub struct Host {
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
+    /// Memory that the kernels before each launch are still writing: address and bytes.
+    pub late: Late,
 }
+
+pub type Late = Arc<Mutex<Vec<(Ptr, u64)>>>;
 
 impl Host {
     pub fn new() -> Host {
@@ -88,6 +95,7 @@ impl Host {
             programs: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
+            late: Late::default(),
         }
     }
 
@@ -105,7 +113,10 @@ impl Host {
         // SAFETY: the parameters point into memory of this device, as the kernel expects; a kernel
         // that reads outside it is what the tests look for.
         let status = unsafe {
-            (library().launch)(
+            for (at, bytes) in &*self.late.lock().unwrap() {
+                (library().late)(at.0 as *const c_void, *bytes);
+            }
+            let status = (library().launch)(
                 name.as_ptr(),
                 launch.grid.0,
                 launch.grid.1,
@@ -113,11 +124,16 @@ impl Host {
                 launch.shared,
                 self.seed.load(Ordering::Relaxed),
                 aligned.as_ptr().cast(),
-            )
+            );
+            (library().late)(std::ptr::null(), 0);
+            status
         };
         match status {
             0 => Ok(()),
             1 => Err(Error::unsupported(format!("no kernel {name:?}"))),
+            3 => {
+                Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
+            }
             _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
         }
     }
