@@ -35,8 +35,8 @@ DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
 // ---- order between kernels ---------------------------------------------------------------------
 
 // Kernels of a step are started before the one before them has ended (programmatic dependent launch),
-// so each one waits before it reads or writes anything another kernel touches; only weights and step
-// tables may be read earlier. Every kernel calls both, every block of it, before any return.
+// so each one waits before it reads or writes anything another kernel touches; only weights, step tables
+// and pages of earlier steps may be read earlier. Every kernel calls both, every block of it, before any return.
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

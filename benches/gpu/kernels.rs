@@ -107,7 +107,7 @@ fn attention_case(
     let selected = gpu.words(&packed);
     let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    for min_pages in if batch == 1 { vec![4, 8, 16] } else { vec![6] } {
+    for min_pages in if batch <= 8 { vec![6, 4, 12, 24] } else { vec![6] } {
         let params = |i: u64| DecodeParams {
             q: q.at,
             kv: pool.at.offset(i * layer_bytes),
@@ -126,7 +126,7 @@ fn attention_case(
             kv_heads,
             stages: k.stages,
             min_pages,
-            early: 1,
+            early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));

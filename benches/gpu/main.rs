@@ -5,13 +5,14 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a program that prints a table")]
 
 mod kernels;
+mod layer;
 mod shapes;
 mod steps;
 mod timing;
 
 use std::sync::Arc;
 
-/// Arguments name parts (attention, products, mlp, small, prefill, steps, few-steps) and models; none
+/// Arguments name parts (attention, layer, products, mlp, small, prefill, steps, few-steps) and models; none
 /// means every part.
 fn main() {
     let bench = timing::Gpu::open();
@@ -21,12 +22,15 @@ fn main() {
         bench.ceiling,
         if bench.device.has_library() { "found" } else { "not found" }
     );
-    let parts = ["attention", "products", "mlp", "small", "prefill", "steps", "few-steps"];
+    let parts = ["attention", "layer", "products", "mlp", "small", "prefill", "steps", "few-steps"];
     let (which, models): (Vec<String>, Vec<String>) =
         std::env::args().skip(1).filter(|a| a != "--bench").partition(|a| parts.contains(&a.as_str()));
     let wants = |name: &str| which.is_empty() || which.iter().any(|w| w == name);
     if wants("attention") {
         kernels::attention(&bench);
+    }
+    if wants("layer") {
+        layer::layer(&bench);
     }
     if wants("products") {
         kernels::products(&bench);

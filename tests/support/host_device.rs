@@ -1,8 +1,8 @@
 //! A device that runs the kernels on the CPU: `cuda/host` compiled with g++, loaded once.
 //! Memory is host memory, filled with NaN bytes and surrounded by them.
 
-use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::{Launch, NAMES};
+use polar_sparsity::backend::cuda::device::{self, Device};
+use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::{Error, Result};
@@ -83,6 +83,8 @@ pub struct Host {
     pub multiprocessors: u32,
     /// Memory that the kernels before each launch are still writing: address and bytes.
     pub late: Late,
+    /// Whether `product` does what a vendor's library would.
+    pub library: bool,
 }
 
 pub type Late = Arc<Mutex<Vec<(Ptr, u64)>>>;
@@ -96,6 +98,7 @@ impl Host {
             seed: AtomicU32::new(0),
             multiprocessors: 3,
             late: Late::default(),
+            library: false,
         }
     }
 
@@ -183,8 +186,18 @@ impl Device for Host {
         }
         self.run(launch, params)
     }
-    fn product(&self, _: &LinearParams, _: bool, _: DType) -> Result<bool> {
-        Ok(false)
+    fn product(&self, p: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
+        if !self.library {
+            return Ok(false);
+        }
+        let (layout, t) =
+            (if transposed { "nn" } else { "nt" }, if dtype == DType::F16 { "f16" } else { "bf16" });
+        let name = format!("linear_tile_{layout}_{t}");
+        let kernel = find(&name).expect("a kernel");
+        let grid = (p.rows.div_ceil(128), p.n.div_ceil(128));
+        let launch = Launch { kernel, grid, threads: 256, shared: 3 * (128 + 128) * 64 * 2 };
+        device::start(self, &launch, &LinearParams { splits: 1, ..*p })?;
+        Ok(true)
     }
     fn synchronize(&self) -> Result<()> {
         Ok(())
