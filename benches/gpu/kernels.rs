@@ -191,7 +191,7 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             k,
             splits,
         };
-        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T, None).unwrap() {
             gpu.start(&launch, &params);
         }
     });
