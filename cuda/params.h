@@ -61,7 +61,7 @@ struct LinearParams {
 struct SelectParams {
     Partial logits;        // columns 0 .. units * per_unit of it
     const void* bias;      // T [units * per_unit], null: none
-    const uint32_t* keep;  // [sequences] units to keep
+    const uint32_t* keep;  // [sequences] units to keep; 0: padding
     uint16_t* selected;    // [sequences][units], the first keep[b] ascending
     void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
     uint32_t* nan_count;
@@ -156,6 +156,7 @@ struct NeuronParams {
     Partial logits;         // columns at least n
     float* scores;          // [groups of this launch][n]
     const uint32_t* group;  // [rows]
+    const uint32_t* last_group;  // groups after *last_group have no rows; null: all have
     uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
     uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
     uint32_t* nan_count;

@@ -185,7 +185,7 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             splits,
             ..LinearParams::default()
         };
-        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T, None).unwrap() {
             gpu.start(&launch, &params);
         }
     });
@@ -228,6 +228,7 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             scores: scores.at,
             logits: Partial { data: logits.at, splits, columns: n },
             group: group.at,
+            last_group: Ptr::NULL,
             index: index.at,
             masks: masks.at,
             nan_count: nan.at,

@@ -85,7 +85,7 @@ params! {
     }
     /// See the header.
     NeuronParams {
-        logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
     }
     /// See the header.
