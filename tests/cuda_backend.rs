@@ -17,7 +17,7 @@ use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
 use polar_sparsity::model::{Checkpoint, Weights, load};
 use polar_sparsity::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
 use rig::{DENSE, LIMITS, Rig, Setup};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 fn device() -> AnyDevice {
@@ -32,11 +32,6 @@ fn cuda() -> Cuda<AnyDevice> {
     Cuda::new(Arc::new(device()), true)
 }
 
-fn golden_root() -> PathBuf {
-    let here = std::env::var_os("POLAR_GOLDEN").map(PathBuf::from);
-    here.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden"))
-}
-
 struct Golden {
     name: String,
     dir: PathBuf,
@@ -47,7 +42,7 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str) -> Golden {
-        let dir = golden_root().join(name);
+        let dir = host_device::root().join("tests/data/golden").join(name);
         let facts = std::fs::read_to_string(dir.join("golden.json")).unwrap();
         Golden {
             name: name.into(),

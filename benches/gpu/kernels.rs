@@ -42,30 +42,22 @@ fn lengths(rng: &mut Rng, batch: u32, context: u32, ragged: bool) -> Vec<u32> {
 
 /// Decode attention, head size 128.
 pub(crate) fn attention(gpu: &Gpu) {
-    // (heads, kv_heads, batch, context, density, ragged)
-    let cases = [
-        (32, 8, 1, 32768, 1.0, false),
-        (32, 8, 8, 2048, 1.0, false),
-        (32, 8, 64, 2048, 1.0, false),
-        (32, 8, 64, 2048, 0.625, false),
-        (32, 8, 64, 8192, 1.0, false),
-        (32, 8, 64, 8192, 0.625, false),
-        (32, 8, 32, 2048, 1.0, true),
-        (32, 8, 128, 2048, 1.0, true),
-        (32, 8, 128, 2048, 0.625, true),
-        (32, 32, 1, 2048, 1.0, false),
-        (32, 32, 8, 2048, 1.0, false),
-        (32, 32, 8, 2048, 0.5, false),
-        (32, 32, 64, 2048, 1.0, false),
-        (32, 32, 64, 2048, 0.5, false),
-        (32, 32, 64, 2048, 0.3, false),
-        (32, 32, 64, 2048, 1.0, true),
-        (32, 32, 64, 2048, 0.5, true),
-        (72, 72, 64, 1920, 1.0, false),
-        (72, 72, 64, 1920, 0.3, false),
-    ];
-    for case in cases {
-        attention_case(gpu, case);
+    // (heads, KV heads, densities): LLaMA-3.1-8B, then LLaMA-2-7B and OPT-6.7B.
+    for (heads, kv_heads, densities) in [(32, 8, [1.0, 0.625, 0.5]), (32, 32, [1.0, 0.5, 0.3])] {
+        for density in densities {
+            for (batch, context) in [(1, 2048), (1, 32_768), (8, 2048), (64, 2048), (64, 8192)] {
+                attention_case(gpu, (heads, kv_heads, batch, context, density, false));
+            }
+            for batch in [32, 64, 128] {
+                attention_case(gpu, (heads, kv_heads, batch, 2048, density, true));
+            }
+        }
+    }
+    for density in [1.0, 0.5, 0.3] {
+        attention_case(gpu, (72, 72, 64, 1920, density, false)); // OPT-66B
+    }
+    for density in [1.0, 0.75] {
+        attention_case(gpu, (28, 4, 64, 4096, density, false)); // Qwen2.5-7B
     }
 }
 

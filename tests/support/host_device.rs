@@ -5,13 +5,17 @@ use polar_sparsity::backend::cuda::device::{self, Device};
 use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
-use polar_sparsity::{Error, Result};
+use polar_sparsity::{Error, Result, Status};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+
+#[allow(clippy::duplicate_mod, reason = "some test programs have it once more, in support")]
+#[path = "root.rs"]
+mod root;
+pub use root::root;
 
 type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
 type LateFn = unsafe extern "C" fn(*const c_void, u64);
@@ -29,9 +33,8 @@ static RUNNING: Mutex<()> = Mutex::new(());
 fn library() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/host");
-        let out =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels_host_{}.so", std::process::id()));
+        let root = root().join("cuda/host");
+        let out = std::env::temp_dir().join(format!("kernels_host_{}.so", std::process::id()));
         let done = Command::new("g++")
             .args(["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-o"])
             .arg(&out)
@@ -180,6 +183,9 @@ impl Device for Host {
         Ok(())
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        if launch.shared > self.shared_per_block() {
+            return Err(Error::new(Status::E_DEVICE, format!("{} bytes of shared memory", launch.shared)));
+        }
         if let Some(list) = self.recording.lock().unwrap().as_mut() {
             list.push((*launch, params.to_vec()));
             return Ok(());
