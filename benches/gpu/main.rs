@@ -12,7 +12,7 @@ mod timing;
 use std::sync::Arc;
 
 /// Arguments name parts (attention, products, mlp, small, prefill, steps, few-steps) and models; none
-/// means every part.
+/// means every part. `tuning:` with serial, unmade, deep or early: steps with another choice of launches.
 fn main() {
     let bench = timing::Gpu::open();
     println!(
@@ -22,8 +22,10 @@ fn main() {
         if bench.device.has_library() { "found" } else { "not found" }
     );
     let parts = ["attention", "products", "mlp", "small", "prefill", "steps", "few-steps"];
-    let (which, models): (Vec<String>, Vec<String>) =
-        std::env::args().skip(1).filter(|a| a != "--bench").partition(|a| parts.contains(&a.as_str()));
+    let (which, models): (Vec<String>, Vec<String>) = std::env::args()
+        .skip(1)
+        .filter(|a| a != "--bench" && !a.starts_with("tuning:"))
+        .partition(|a| parts.contains(&a.as_str()));
     let wants = |name: &str| which.is_empty() || which.iter().any(|w| w == name);
     if wants("attention") {
         kernels::attention(&bench);

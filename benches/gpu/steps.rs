@@ -3,6 +3,7 @@
 
 use crate::shapes::{Model, all};
 use polar_sparsity::backend::cuda::driver::Driver;
+use polar_sparsity::backend::cuda::launch::Tuning;
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
@@ -10,6 +11,17 @@ use polar_sparsity::sample::Params;
 use polar_sparsity::sparsity::{MlpMode, Options, Policy, SeqDemand, SeqSetting};
 use std::sync::Arc;
 use std::time::Instant;
+
+/// What the `tuning:` arguments say.
+fn tuning() -> Tuning {
+    let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
+    Tuning {
+        beside: !wants("serial"),
+        made: !wants("unmade"),
+        deep: wants("deep"),
+        join_early: wants("early"),
+    }
+}
 
 struct Greedy;
 
@@ -37,7 +49,7 @@ pub(crate) fn steps(device: Arc<Driver>, ceiling: f64, wanted: &[String], few: b
         if !wanted.is_empty() && !wanted.iter().any(|w| w == model.name) {
             continue;
         }
-        let cuda = Cuda::new(Arc::clone(&device), true);
+        let cuda = Cuda::new(Arc::clone(&device), true).tuned(tuning());
         let weights = CudaWeights::random(&device, &model.spec).unwrap();
         let info = model.routers();
         let routers = CudaRouters::random(&device, &model.spec, &info).unwrap();

@@ -48,6 +48,15 @@ impl Device for Shared {
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.0.start(launch, params)
     }
+    fn fork(&self) -> Result<()> {
+        self.0.fork()
+    }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.0.start_beside(launch, params)
+    }
+    fn join(&self) -> Result<()> {
+        self.0.join()
+    }
     fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
         self.0.product(params, transposed, dtype)
     }

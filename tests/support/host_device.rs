@@ -70,11 +70,37 @@ const GUARD: usize = 4096;
 /// A launch and its parameters.
 type Recorded = (Launch, Vec<u8>);
 
+/// What a device is told to do.
+#[derive(Clone)]
+enum Entry {
+    Main(Recorded),
+    Beside(Recorded),
+    Fork,
+    Join,
+}
+
+/// Side work that may run, and the order in which it does: with seed 0 when the main stream waits for it,
+/// else whenever a coin says so.
+#[derive(Default)]
+struct Side {
+    forked: bool,
+    waiting: std::collections::VecDeque<Recorded>,
+    coin: u32,
+}
+
+impl Side {
+    fn heads(&mut self) -> bool {
+        self.coin = self.coin.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.coin >> 31 == 1
+    }
+}
+
 /// The device.
 pub struct Host {
     memory: Mutex<HashMap<u64, Vec<u8>>>,
-    recording: Mutex<Option<Vec<Recorded>>>,
-    programs: Mutex<HashMap<u64, Vec<Recorded>>>,
+    recording: Mutex<Option<Vec<Entry>>>,
+    programs: Mutex<HashMap<u64, Vec<Entry>>>,
+    side: Mutex<Side>,
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
@@ -86,9 +112,49 @@ impl Host {
             memory: Mutex::default(),
             recording: Mutex::default(),
             programs: Mutex::default(),
+            side: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
         }
+    }
+
+    /// Notes what is to be done, or does it.
+    fn take(&self, entry: Entry) -> Result<()> {
+        if let Some(list) = self.recording.lock().unwrap().as_mut() {
+            list.push(entry);
+            return Ok(());
+        }
+        self.act(&entry)
+    }
+
+    fn act(&self, entry: &Entry) -> Result<()> {
+        let seed = self.seed.load(Ordering::Relaxed);
+        let mut side = self.side.lock().unwrap();
+        match entry {
+            Entry::Fork => {
+                assert!(!side.forked, "a fork in a fork");
+                side.forked = true;
+                side.coin ^= seed;
+            }
+            Entry::Beside(work) => {
+                assert!(side.forked, "side work without a fork");
+                side.waiting.push_back(work.clone());
+            }
+            Entry::Join => {
+                while let Some((launch, params)) = side.waiting.pop_front() {
+                    self.run(&launch, &params)?;
+                }
+                side.forked = false;
+            }
+            Entry::Main((launch, params)) => {
+                while seed != 0 && !side.waiting.is_empty() && side.heads() {
+                    let (launch, params) = side.waiting.pop_front().unwrap();
+                    self.run(&launch, &params)?;
+                }
+                self.run(launch, params)?;
+            }
+        }
+        Ok(())
     }
 
     fn run(&self, launch: &Launch, params: &[u8]) -> Result<()> {
@@ -161,11 +227,16 @@ impl Device for Host {
         Ok(())
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if let Some(list) = self.recording.lock().unwrap().as_mut() {
-            list.push((*launch, params.to_vec()));
-            return Ok(());
-        }
-        self.run(launch, params)
+        self.take(Entry::Main((*launch, params.to_vec())))
+    }
+    fn fork(&self) -> Result<()> {
+        self.take(Entry::Fork)
+    }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.take(Entry::Beside((*launch, params.to_vec())))
+    }
+    fn join(&self) -> Result<()> {
+        self.take(Entry::Join)
     }
     fn product(&self, _: &LinearParams, _: bool, _: DType) -> Result<bool> {
         Ok(false)
@@ -181,6 +252,7 @@ impl Device for Host {
         Ok(true)
     }
     fn recorded(&self) -> Result<u64> {
+        self.join()?;
         let list = self.recording.lock().unwrap().take().unwrap_or_default();
         let mut programs = self.programs.lock().unwrap();
         let id = programs.len() as u64 + 1;
@@ -189,7 +261,25 @@ impl Device for Host {
     }
     fn replay(&self, program: u64) -> Result<()> {
         let list = self.programs.lock().unwrap().get(&program).cloned().unwrap_or_default();
-        list.iter().try_for_each(|(launch, params)| self.run(launch, params))
+        // Side work may start at the fork: move it there.
+        let mut order: Vec<Entry> = Vec::new();
+        let mut fork = None;
+        for entry in list {
+            match entry {
+                Entry::Fork => fork = Some(order.len() + 1),
+                Entry::Join => fork = None,
+                Entry::Beside(_) => {
+                    let at = fork.as_mut().expect("side work without a fork");
+                    order.insert(*at, entry);
+                    *at += 1;
+                    continue;
+                }
+                Entry::Main(_) => {}
+            }
+            order.push(entry);
+        }
+        assert!(fork.is_none(), "a program ends with side work open");
+        order.iter().try_for_each(|entry| self.act(entry))
     }
     fn forget(&self, program: u64) {
         self.programs.lock().unwrap().remove(&program);

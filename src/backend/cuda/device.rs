@@ -1,11 +1,13 @@
-//! What the stages need of a device: memory, copies and launches on one stream, in order.
+//! What the stages need of a device: memory, copies and launches on one stream, in order, with at most one
+//! chain of launches beside it.
 
 use super::launch::Launch;
 use super::params::{LinearParams, Params, Ptr};
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// A device with one stream. Calls take effect in the order they are made.
+/// A device with one stream. Calls take effect in the order they are made, but for the side work between
+/// [`Device::fork`] and [`Device::join`].
 pub trait Device: Send + Sync + 'static {
     /// Model name, for reports.
     fn name(&self) -> String;
@@ -28,6 +30,13 @@ pub trait Device: Send + Sync + 'static {
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     /// Starts a kernel. `params` are the bytes of its parameter struct.
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    /// From here on side work may run, after everything started so far.
+    fn fork(&self) -> Result<()>;
+    /// Starts a kernel of the side work: after the side's earlier ones, beside everything that `start` is
+    /// given between fork and join. An error outside of those.
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    /// What is started from here on waits for the side work. Without a fork, nothing happens.
+    fn join(&self) -> Result<()>;
     /// Starts a product of many rows by a vendor's library, sums in one part; `transposed`: the matrix
     /// is stored `[k, n]`. False: there is none, use a kernel.
     fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
@@ -39,7 +48,7 @@ pub trait Device: Send + Sync + 'static {
 
     /// Starts recording launches instead of running them; false: cannot.
     fn record(&self) -> Result<bool>;
-    /// Ends recording; the recorded launches as a program of this device.
+    /// Ends recording, and a fork that is still open; the recorded launches as a program of this device.
     fn recorded(&self) -> Result<u64>;
     /// Runs a recorded program.
     fn replay(&self, program: u64) -> Result<()>;
@@ -49,9 +58,17 @@ pub trait Device: Send + Sync + 'static {
 
 /// Starts a kernel with its parameters.
 pub fn start<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
+    device.start(launch, bytes_of(params))
+}
+
+/// Starts a kernel of the side work with its parameters.
+pub fn start_beside<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
+    device.start_beside(launch, bytes_of(params))
+}
+
+fn bytes_of<P: Params>(params: &P) -> &[u8] {
     // SAFETY: `Params` are plain repr(C) structs; their bytes are read only.
-    let bytes = unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) };
-    device.start(launch, bytes)
+    unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) }
 }
 
 /// Any device behind one type.
@@ -76,6 +93,9 @@ forward! {
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    fn fork(&self) -> Result<()>;
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    fn join(&self) -> Result<()>;
     fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
     fn synchronize(&self) -> Result<()>;
     fn finished(&self, timeout_ns: u64) -> Result<bool>;

@@ -14,6 +14,7 @@ use std::ffi::{CString, c_int, c_void};
 use std::fmt::Display;
 use std::panic::catch_unwind;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(polar_kernels)]
@@ -29,6 +30,7 @@ pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    side: Side,
     module: sys::CUmodule,
     functions: Vec<sys::CUfunction>,
     name: String,
@@ -38,6 +40,16 @@ pub struct Driver {
     workspace: u64,
     /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
     starts_early: bool,
+}
+
+/// The stream of the side work, and where it meets the other one.
+struct Side {
+    stream: sys::CUstream,
+    /// Of the fork and of the join.
+    events: [sys::CUevent; 2],
+    forked: AtomicBool,
+    /// The next launch on the main (side) stream comes right after a wait for the other one.
+    after_wait: [AtomicBool; 2],
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -174,6 +186,12 @@ impl Driver {
             device: 0,
             context: null_mut(),
             stream: null_mut(),
+            side: Side {
+                stream: null_mut(),
+                events: [null_mut(); 2],
+                forked: AtomicBool::new(false),
+                after_wait: Default::default(),
+            },
             module: null_mut(),
             functions: Vec::new(),
             name: String::new(),
@@ -209,6 +227,17 @@ impl Driver {
             let _entered = driver.enter()?;
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
+            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
+            let (mut least, mut greatest) = (0, 0);
+            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+            check(
+                "CUDA stream",
+                sys::cuStreamCreateWithPriority(&mut driver.side.stream, non_blocking, greatest),
+            )?;
+            let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+            for event in &mut driver.side.events {
+                check("CUDA event", sys::cuEventCreate(event, untimed))?;
+            }
             check(
                 format_args!("{}: the kernels do not load", driver.name),
                 sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
@@ -265,6 +294,57 @@ impl Driver {
         Ok(Entered)
     }
 
+    fn launch(
+        &self,
+        stream: sys::CUstream,
+        after_wait: &AtomicBool,
+        launch: &Launch,
+        params: &[u8],
+    ) -> Result<()> {
+        let _entered = self.enter()?;
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
+        // for that one only: right after a wait for the other stream the launch itself has to be in order.
+        let early_start = self.starts_early && !after_wait.swap(false, Ordering::Relaxed);
+        // SAFETY: plain structs; zero is a valid value of every field.
+        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        early.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: stream,
+            attrs: &mut early,
+            numAttrs: u32::from(early_start),
+        };
+        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
+        // them before it returns.
+        let result = unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                self.functions[launch.kernel.0 as usize],
+                arguments.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+    }
+
+    /// What comes next on `second` waits for what is on `first` so far.
+    fn meet(&self, first: sys::CUstream, event: sys::CUevent, second: sys::CUstream) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: streams and event are this object's own; in a capture both become edges of the graph.
+        unsafe {
+            check("CUDA event", sys::cuEventRecord(event, first))?;
+            check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
+        }
+    }
+
     /// The stream, for hosts that queue their own work beside it.
     pub fn stream(&self) -> u64 {
         self.stream as u64
@@ -309,6 +389,13 @@ impl Drop for Driver {
                 if !self.stream.is_null() {
                     let _ = sys::cuStreamSynchronize(self.stream);
                     let _ = sys::cuStreamDestroy_v2(self.stream);
+                }
+                if !self.side.stream.is_null() {
+                    let _ = sys::cuStreamSynchronize(self.side.stream);
+                    let _ = sys::cuStreamDestroy_v2(self.side.stream);
+                }
+                for event in self.side.events.into_iter().filter(|e| !e.is_null()) {
+                    let _ = sys::cuEventDestroy_v2(event);
                 }
                 self.library = None;
                 if self.workspace != 0 {
@@ -389,36 +476,30 @@ impl Device for Driver {
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        let _entered = self.enter()?;
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // A kernel may start before the one before it ends; every one of ours waits by itself.
-        // SAFETY: plain structs; zero is a valid value of every field.
-        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: self.stream,
-            attrs: &mut early,
-            numAttrs: u32::from(self.starts_early),
-        };
-        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
-        // them before it returns.
-        let result = unsafe {
-            sys::cuLaunchKernelEx(
-                &config,
-                self.functions[launch.kernel.0 as usize],
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+        self.launch(self.stream, &self.side.after_wait[0], launch, params)
+    }
+
+    fn fork(&self) -> Result<()> {
+        self.meet(self.stream, self.side.events[0], self.side.stream)?;
+        self.side.after_wait[1].store(true, Ordering::Relaxed);
+        self.side.forked.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        if !self.side.forked.load(Ordering::Relaxed) {
+            return Err(Error::invalid("side work without a fork"));
+        }
+        self.launch(self.side.stream, &self.side.after_wait[1], launch, params)
+    }
+
+    fn join(&self) -> Result<()> {
+        if !self.side.forked.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.meet(self.side.stream, self.side.events[1], self.stream)?;
+        self.side.after_wait[0].store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
@@ -462,11 +543,14 @@ impl Device for Driver {
 
     fn recorded(&self) -> Result<u64> {
         let _entered = self.enter()?;
+        // A capture with a fork left open does not end.
+        let joined = self.join();
         let (mut graph, mut exec) = (null_mut(), null_mut());
         // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated.
         unsafe {
             check("graph capture", sys::cuStreamEndCapture(self.stream, &mut graph))?;
-            let made = check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+            let made =
+                joined.and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0)));
             let _ = sys::cuGraphDestroy(graph);
             made?;
         }

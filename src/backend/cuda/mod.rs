@@ -14,6 +14,7 @@ pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
 mod memory;
+mod neurons;
 pub mod params;
 mod program;
 mod scratch;
@@ -33,6 +34,7 @@ use crate::sample;
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
+use launch::Tuning;
 use memory::Memory;
 use params::{NONE, Ptr};
 use scratch::HostChoice;
@@ -43,6 +45,7 @@ use std::sync::Arc;
 pub struct Cuda<D: Device> {
     device: Arc<D>,
     records: bool,
+    tuning: Tuning,
 }
 
 /// Pages of all layers.
@@ -61,7 +64,12 @@ impl<D: Device> CudaKv<D> {
 impl<D: Device> Cuda<D> {
     /// A backend on `device`; `records`: repeated decode steps become recorded programs.
     pub fn new(device: Arc<D>, records: bool) -> Cuda<D> {
-        Cuda { device, records }
+        Cuda { device, records, tuning: Tuning::default() }
+    }
+
+    /// With other choices between equivalent launches, for measurements.
+    pub fn tuned(self, tuning: Tuning) -> Cuda<D> {
+        Cuda { tuning, ..self }
     }
 
     /// The device.
@@ -162,10 +170,13 @@ impl<D: Device> Backend for Cuda<D> {
         r: Option<&Self::Routers>,
         limits: &Limits,
     ) -> Result<Self::Scratch> {
-        CudaScratch::new(&self.device, w, r, limits)
+        let mut scratch = CudaScratch::new(&self.device, w, r, limits)?;
+        scratch.kernels.tuning = self.tuning;
+        Ok(scratch)
     }
 
     fn begin(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
+        self.abandon(s)?;
         s.check(step, s.limits.pages)?;
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
@@ -175,6 +186,7 @@ impl<D: Device> Backend for Cuda<D> {
         s.tables.upload(&*self.device, step)?;
         self.device.zero(s.buffers.nan_count, 4)?;
         s.routed = None;
+        s.scored = None;
         s.host_choices.fill(None);
         Self::count(w, s, step);
         self.choose_mode(w, s, step)

@@ -55,6 +55,11 @@ params! {
     /// See the header.
     LinearParams { x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32 }
     /// See the header.
+    DownParams {
+        up: Partial, up_bias: Ptr, w: Ptr, index: Ptr, out: Ptr,
+        rows: u32, n: u32, k: u32, valid: u32, splits: u32,
+    }
+    /// See the header.
     QkvParams {
         qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
         q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32,
@@ -82,6 +87,10 @@ params! {
         rows: u32, n: u32, valid: u32, kind: u32,
     }
     /// See the header.
+    RouterParams {
+        z: Ptr, w: Ptr, scores: Ptr, group: Ptr, rows: u32, n: u32, rank: u32, first_group: u32,
+    }
+    /// See the header.
     NeuronParams {
         logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
@@ -99,19 +108,21 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 16] {
+pub fn sizes() -> [usize; 18] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
         s::<EmbedParams>(),
         s::<NormParams>(),
         s::<LinearParams>(),
+        s::<DownParams>(),
         s::<QkvParams>(),
         s::<SelectParams>(),
         s::<DecodeParams>(),
         s::<PrefillTile>(),
         s::<PrefillParams>(),
         s::<ActivateParams>(),
+        s::<RouterParams>(),
         s::<NeuronParams>(),
         s::<ArgmaxParams>(),
         s::<TransposeParams>(),

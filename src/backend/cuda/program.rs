@@ -28,16 +28,19 @@ fn key<D: Device>(w: &CudaWeights<D>, s: &CudaScratch<D>, step: &Step) -> Option
 }
 
 impl<D: Device> Cuda<D> {
+    /// Ends what a step that failed half way left open: side work, a recording. Before anything is copied.
+    pub(super) fn abandon(&self, s: &mut CudaScratch<D>) -> Result<()> {
+        if let Mode::Record(_) = std::mem::replace(&mut s.mode, Mode::Run)
+            && let Ok(program) = self.device.recorded()
+        {
+            self.device.forget(program);
+        }
+        self.device.join()
+    }
+
     /// Decides how this step's launches are treated. A setting is recorded when it is seen again, so
     /// that one that passes costs nothing.
     pub(super) fn choose_mode(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) -> Result<()> {
-        if let Mode::Record(_) = s.mode {
-            // A step that failed half way left a recording open.
-            if let Ok(program) = self.device.recorded() {
-                self.device.forget(program);
-            }
-        }
-        s.mode = Mode::Run;
         let Some(key) = key(w, s, step).filter(|_| self.records) else { return Ok(()) };
         if let Some((_, program)) = s.programs.iter().find(|p| p.0 == key) {
             s.mode = Mode::Replay(*program);

@@ -31,8 +31,10 @@ pub(super) struct Buffers {
     pub(super) sums: Ptr,
     /// Sums that the next norm adds to the residual stream.
     pub(super) delta: Ptr,
-    /// Sums of a router, until its selection.
+    /// Sums of the attention router, until its selection.
     pub(super) scores: Ptr,
+    /// Sums of the MLP router's products, which run beside the others.
+    pub(super) router_sums: Ptr,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
     pub(super) logits: Ptr,
@@ -96,7 +98,9 @@ pub struct CudaScratch<D: Device> {
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
     pub(super) kv_bytes: (u64, u64),
-    /// Layer whose router sums are in `scores`.
+    /// Layer whose neuron scores are made.
+    pub(super) scored: Option<usize>,
+    /// Layer whose attention router's sums are in `scores`.
     pub(super) routed: Option<(usize, Partial)>,
     /// Bias of that router.
     pub(super) router_bias: Ptr,
@@ -152,6 +156,7 @@ impl<D: Device> CudaScratch<D> {
             seen: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
+            scored: None,
             routed: None,
             router_bias: Ptr::NULL,
             host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
@@ -166,6 +171,12 @@ pub(super) const MAX_PROGRAMS: usize = 128;
 
 impl<D: Device> Drop for CudaScratch<D> {
     fn drop(&mut self) {
+        // A step that failed half way, and no other came.
+        if let Mode::Record(_) = self.mode
+            && let Ok(program) = self.device.recorded()
+        {
+            self.device.forget(program);
+        }
         for (_, program) in &self.programs {
             self.device.forget(*program);
         }
@@ -190,21 +201,21 @@ fn places<D: Device>(
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
             for r in [8, 16, 32, SKINNY_ROWS].map(|r| r.min(rows as u32)) {
-                first = first.max(k.linear(r, kept as u32, d as u32).1 as usize * r as usize * kept);
+                first = first.max(k.linear_up(r, kept as u32, d as u32).1 as usize * r as usize * kept);
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
         down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
     let mut scores = batch * s.kv_heads;
-    let mut rank = 0;
+    let (mut rank, mut router_sums) = (0, 0);
     for l in r.map_or(&[][..], |r| &r.layers) {
         if l.attn_rows > 0 {
             scores = scores.max(forward(l.attn_rows, d));
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
-            scores = scores.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
+            router_sums = router_sums.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
         }
     }
     let has_mlp = rank > 0;
@@ -224,6 +235,7 @@ fn places<D: Device>(
         sums: p.take(forward(s.qkv(), d).max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(scores, 4),
+        router_sums: p.take(router_sums, 4),
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
         logits: p.take(batch * s.vocab, 4),

@@ -2,20 +2,19 @@
 //! next adds them, with bias and activation.
 
 use super::device::{Device, start};
-use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
-use super::tables::Groups;
 use super::weights::{CudaRouters, CudaWeights, Pair};
 use super::{Cuda, CudaKv};
 use crate::backend::{Live, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::model::{Activation, Norm, Position};
 use crate::sparsity::select::random_score;
-use crate::sparsity::{Rule, Site, Source};
+use crate::sparsity::{Site, Source};
 
 impl<D: Device> Cuda<D> {
-    fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
+    pub(super) fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
         if launch.grid.0 == 0 || matches!(s.mode, Mode::Replay(_)) {
             return Ok(());
         }
@@ -32,7 +31,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// `x` times a matrix stored `[n, k]`, sums to `out`.
-    fn product(
+    pub(super) fn product(
         &self,
         s: &CudaScratch<D>,
         (x, w, index): (Ptr, Ptr, Ptr),
@@ -51,7 +50,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// The same for a matrix stored `[k, n]`.
-    fn product_transposed(
+    pub(super) fn product_transposed(
         &self,
         s: &CudaScratch<D>,
         (x, w, index): (Ptr, Ptr, Ptr),
@@ -70,7 +69,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// Adds the pending sums to the residual stream and norms it.
-    fn norm(
+    pub(super) fn norm(
         &self,
         w: &CudaWeights<D>,
         s: &mut CudaScratch<D>,
@@ -128,6 +127,7 @@ impl<D: Device> Cuda<D> {
         let (l, rows) = (&w.layers[layer], step.tokens.len() as u32);
         let b = s.buffers;
         self.norm(w, s, step, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        self.fork(s, step, layer)?;
         let shape = &s.shape;
         let size = (rows, shape.qkv() as u32, shape.hidden as u32);
         let qkv = self.product(s, (b.h, l.qkv.weight, Ptr::NULL), size, b.sums)?;
@@ -161,35 +161,16 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let missing = || Error::invalid(format!("layer {layer} has no {site:?} router"));
         let l = r.layers.get(layer).ok_or_else(missing)?;
+        if site == Site::Mlp {
+            return if l.rank > 0 { self.route_neurons(l, s, step, layer) } else { Err(missing()) };
+        }
+        if l.attn_rows == 0 {
+            return Err(missing());
+        }
         let (rows, d, b) = (step.n_decode() as u32, s.shape.hidden as u32, s.buffers);
-        let scores = match site {
-            Site::Attn => {
-                if l.attn_rows == 0 {
-                    return Err(missing());
-                }
-                let size = (rows, l.attn_rows as u32, d);
-                s.router_bias = l.attn.bias;
-                self.product(s, (b.h, l.attn.weight, Ptr::NULL), size, b.scores)?
-            }
-            Site::Mlp => {
-                if l.rank == 0 {
-                    return Err(missing());
-                }
-                let rank = l.rank as u32;
-                let narrow = self.product(s, (b.h, l.down, Ptr::NULL), (rows, rank, d), b.scores)?;
-                let z = ActivateParams {
-                    input: narrow,
-                    out: b.z,
-                    rows,
-                    n: rank,
-                    valid: rank,
-                    kind: 3,
-                    ..Default::default()
-                };
-                self.go(s, &s.kernels.activate(rows, rank), &z)?;
-                self.product(s, (b.z, l.up, Ptr::NULL), (rows, s.shape.neurons as u32, rank), b.scores)?
-            }
-        };
+        s.router_bias = l.attn.bias;
+        let size = (rows, l.attn_rows as u32, d);
+        let scores = self.product(s, (b.h, l.attn.weight, Ptr::NULL), size, b.scores)?;
         s.routed = Some((layer, scores));
         Ok(())
     }
@@ -201,60 +182,33 @@ impl<D: Device> Cuda<D> {
         layer: usize,
         site: Site,
     ) -> Result<()> {
+        if site == Site::Mlp {
+            return self.select_neurons(s, step, layer);
+        }
         let unrouted = || Error::invalid(format!("layer {layer}: no {site:?} router sums"));
         let routed = s.routed.take().filter(|r| r.0 == layer).map(|r| r.1);
         let (rows, b) = (step.n_decode() as u32, s.buffers);
-        match site {
-            Site::Attn => {
-                let units = s.shape.kv_heads as u32;
-                let (logits, bias) = match step.plan.source {
-                    Source::Router => (routed.ok_or_else(unrouted)?, s.router_bias),
-                    Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
-                    Source::Random { seed } => {
-                        self.random_scores(s, step, layer, seed)?;
-                        (Partial { data: b.scores, splits: 1, columns: units }, Ptr::NULL)
-                    }
-                };
-                let params = SelectParams {
-                    logits,
-                    bias,
-                    keep: s.tables.plan(s.tables.layer_plan[layer]).0,
-                    selected: b.selected,
-                    attention: b.attention,
-                    nan_count: b.nan_count,
-                    rows,
-                    units,
-                    unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
-                };
-                self.go(s, &s.kernels.select_heads(rows), &params)
+        let units = s.shape.kv_heads as u32;
+        let (logits, bias) = match step.plan.source {
+            Source::Router => (routed.ok_or_else(unrouted)?, s.router_bias),
+            Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
+            Source::Random { seed } => {
+                self.random_scores(s, step, layer, seed)?;
+                (Partial { data: b.scores, splits: 1, columns: units }, Ptr::NULL)
             }
-            Site::Mlp => {
-                let logits = routed.ok_or_else(unrouted)?;
-                let Some(which) = s.tables.layer_groups(step, layer) else { return Ok(()) };
-                let rule = step.plan.mlp_rule(layer);
-                let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
-                let (first_group, groups) = match which {
-                    Groups::Both => (0, 1 + s.tables.n_invariant),
-                    Groups::Reference => (0, 1),
-                    Groups::Invariant => (1, s.tables.n_invariant),
-                };
-                let params = NeuronParams {
-                    logits,
-                    scores: b.neuron_scores,
-                    group: s.tables.groups(which),
-                    index: b.index,
-                    masks: b.masks,
-                    nan_count: b.nan_count,
-                    rows,
-                    n: s.shape.ffn as u32,
-                    keep0: keep(rule.reference),
-                    keep_other: keep(rule.invariant),
-                    first_group,
-                };
-                self.go(s, &s.kernels.neuron_scores(groups, s.shape.ffn as u32), &params)?;
-                self.go(s, &s.kernels.select_neurons(groups, s.shape.ffn as u32), &params)
-            }
-        }
+        };
+        let params = SelectParams {
+            logits,
+            bias,
+            keep: s.tables.plan(s.tables.layer_plan[layer]).0,
+            selected: b.selected,
+            attention: b.attention,
+            nan_count: b.nan_count,
+            rows,
+            units,
+            unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
+        };
+        self.go(s, &s.kernels.select_heads(rows), &params)
     }
 
     /// Scores of [`Source::Random`], made on the host.
@@ -320,6 +274,9 @@ impl<D: Device> Cuda<D> {
             };
             self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
         }
+        if s.kernels.tuning.join_early {
+            self.join(s)?;
+        }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
         let sum = self.product(s, (b.attention, l.o.weight, Ptr::NULL), size, b.delta)?;
         s.pending = Pending { sum, bias: l.o.bias };
@@ -335,16 +292,12 @@ impl<D: Device> Cuda<D> {
         live: Live,
     ) -> Result<()> {
         let (l, rows, b) = (&w.layers[layer], step.tokens.len() as u32, s.buffers);
+        self.join(s)?;
         self.norm(w, s, step, l.mlp_norm, (b.h, Ptr::NULL, rows))?;
+        if live == Live::Selected && self.selected_mlp(w, s, step, layer)? {
+            return Ok(());
+        }
         let (d, neurons) = (s.shape.hidden as u32, s.shape.neurons as u32);
-        let kind = match w.spec.activation {
-            Activation::Relu => 0,
-            Activation::SiluGated => 1,
-            Activation::ReluGated => 2,
-        };
-        let which = if live == Live::Selected { s.tables.layer_groups(step, layer) } else { None };
-        let all_share =
-            s.tables.n_reference == rows && which == Some(Groups::Reference) && rows <= SKINNY_ROWS;
         let mut act = ActivateParams {
             gate_bias: l.gate_bias,
             up_bias: l.up_bias,
@@ -352,33 +305,27 @@ impl<D: Device> Cuda<D> {
             rows,
             n: neurons,
             valid: s.shape.ffn as u32,
-            kind,
+            kind: match w.spec.activation {
+                Activation::Relu => 0,
+                Activation::SiluGated => 1,
+                Activation::ReluGated => 2,
+            },
             ..Default::default()
         };
-        let (index, kept) = match (all_share, step.plan.mlp_rule(layer).reference) {
-            // Every row runs the same neurons: only their rows are read.
-            (true, Rule::TopK(k)) => {
-                act.valid = k;
-                (b.index, k.next_multiple_of(8))
-            }
-            _ => {
-                if let Some(which) = which {
-                    act.masks = b.masks;
-                    act.group = s.tables.groups(which);
-                }
-                (Ptr::NULL, neurons)
-            }
-        };
-        act.index = index;
-        act.n = kept;
-        let width = if s.shape.gated { 2 * neurons } else { kept };
-        act.input = self.product(s, (b.h, l.first, index), (rows, width, d), b.sums)?;
-        self.go(s, &s.kernels.activate(rows, kept), &act)?;
-        let size = (rows, d, kept);
+        if live == Live::Selected
+            && let Some(which) = s.tables.layer_groups(step, layer)
+        {
+            act.masks = b.masks;
+            act.group = s.tables.groups(which);
+        }
+        let width = s.shape.first() as u32;
+        act.input = self.product(s, (b.h, l.first, Ptr::NULL), (rows, width, d), b.sums)?;
+        self.go(s, &s.kernels.activate(rows, neurons), &act)?;
+        let (size, down) = ((rows, d, neurons), (b.y, l.down.weight, Ptr::NULL));
         let sum = if s.shape.gated {
-            self.product(s, (b.y, l.down.weight, Ptr::NULL), size, b.delta)?
+            self.product(s, down, size, b.delta)?
         } else {
-            self.product_transposed(s, (b.y, l.down.weight, index), size, b.delta)?
+            self.product_transposed(s, down, size, b.delta)?
         };
         s.pending = Pending { sum, bias: l.down.bias };
         Ok(())
