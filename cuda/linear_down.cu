@@ -3,21 +3,20 @@
 // row j itself, which is the dense product on the same tensor. `mlp_down` makes y = relu(up + bias) itself
 // from the sums of the first product, up to 16 rows: a kernel less between the two.
 //
-// Traffic: each selected row of w is read once, in pieces of 512 bytes a block. Rows of w are the sum's
+// Traffic: each selected row of w is read once, in pieces of 512 bytes a block (256 with two column warps). Rows of w are the sum's
 // side, so fragments need two rows' elements side by side: a lane reads 16 bytes of four rows (4 t ..
 // 4 t + 3 of 16) and pairs them by byte permutation, column 8 g + i of 64 being column g of product i.
 // Eight lanes copy a whole 128-byte piece of one row (requests of 32 bytes would halve the rate), so
 // a stage is a warp's tile of 16 rows by 8 pieces, piece c of row r at c ^ (r / 4 * 2): both sides touch
 // all banks. Stages belong to one warp. y is the block's, staged in shared memory CHUNK columns at a time,
-// a barrier before and after; weights stay under way meanwhile. At the end the two halves of the warps
-// (even and odd steps) are added.
+// a barrier before and after; weights stay under way meanwhile. Warps share a block's columns, 64 each, and
+// its steps, every WARPS / COLUMN_WARPS'th each; at the end the latter's sums are added.
 #include "common.cuh"
 
 namespace down {
 
-constexpr int COLUMN_WARPS = 4, HALVES = 2, STEP = 16, THREADS = 256;
-constexpr int COLUMNS = 64 * COLUMN_WARPS;
-constexpr DEVICE int chunk(int mt) { return mt > 2 ? 256 : 512; }  // a multiple of HALVES * STEP
+constexpr int STEP = 16, WARPS = 8, THREADS = 32 * WARPS;
+constexpr DEVICE int chunk(int mt) { return mt > 2 ? 256 : 512; }  // columns
 constexpr DEVICE int stride(int mt) { return 2 * chunk(mt) + 32; }  // bytes; 32 keep four rows on different banks
 
 // y from memory. Columns from k on become zero, up to `count`.
@@ -67,36 +66,36 @@ template <class T, int MT> struct Made {
 };
 
 // Rows of w from `listed` on are not read. READY: the list was complete before the kernel ahead of this one began, so weights start at once.
-template <class T, int MT, int DEPTH, bool READY, class Y, class P>
+template <class T, int MT, int DEPTH, int COLUMN_WARPS, bool READY, class Y, class P>
 DEVICE void run(const P& p, const Y& y, uint32_t listed) {
-    constexpr int W_BYTES = 4 * 512, CHUNK_PAIRS = chunk(MT) / (HALVES * STEP);
+    constexpr int SHARES = WARPS / COLUMN_WARPS, W_BYTES = 4 * 512, CHUNK_ROUNDS = chunk(MT) / (SHARES * STEP);
     let_next_start();
     if (!READY) wait_for_previous();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
-    const int half = warp / COLUMN_WARPS;
+    const int share = warp / COLUMN_WARPS;
     unsigned char* w_mine = shared + warp * DEPTH * W_BYTES;
-    unsigned char* y_shared = shared + COLUMN_WARPS * HALVES * DEPTH * W_BYTES;
-    const uint32_t column0 = block_x() * COLUMNS + warp % COLUMN_WARPS * 64;
+    unsigned char* y_shared = shared + WARPS * DEPTH * W_BYTES;
+    const uint32_t column0 = block_x() * 64 * COLUMN_WARPS + warp % COLUMN_WARPS * 64;
     const uint32_t piece = lane % 8, quarter = lane / 8, column = column0 + 8 * piece;
 
     const uint32_t all = (p.k + STEP - 1) / STEP;
     const uint32_t from = (uint32_t)((uint64_t)all * block_y() / p.splits);
     const uint32_t end = (uint32_t)((uint64_t)all * (block_y() + 1) / p.splits);
-    const uint32_t steps = end > from + half ? (end - from - half + HALVES - 1) / HALVES : 0;
-    const uint32_t pairs = (end - from + HALVES - 1) / HALVES;  // the same for every warp
+    const uint32_t steps = end > from + share ? (end - from - share + SHARES - 1) / SHARES : 0;
+    const uint32_t rounds = (end - from + SHARES - 1) / SHARES;  // the same for every warp
 
     // Row numbers are fetched a step before their rows, the first ones together: else each would be waited for.
     uint32_t rows[DEPTH][4];
     auto look_up = [&](uint32_t s, uint32_t (&to)[4]) {
-        const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * quarter;
+        const uint32_t j0 = (from + share + s * SHARES) * STEP + 4 * quarter;
         if (p.index && s < steps && j0 < p.k) load_early(p.index + j0, to);
         else
             UNROLL for (int r = 0; r < 4; r++) to[r] = j0 + r;
     };
     auto issue = [&](uint32_t s, const uint32_t (&numbers)[4]) {
         if (s < steps) {
-            const uint32_t j0 = (from + half + s * HALVES) * STEP + 4 * quarter;
+            const uint32_t j0 = (from + share + s * SHARES) * STEP + 4 * quarter;
             UNROLL for (int r = 0; r < 4; r++) {
                 const bool valid = j0 + r < listed && column < p.n;
                 const uint64_t row = valid ? numbers[r] : 0;
@@ -114,11 +113,11 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
     UNROLL for (int s = 0; s < DEPTH; s++) look_up(s, rows[s]);
     UNROLL for (int s = 0; s < DEPTH - 1; s++) issue(s, rows[s]);
     if (READY) wait_for_previous();
-    for (uint32_t s = 0; s < pairs; s++) {
-        if (s % CHUNK_PAIRS == 0) {
-            const uint32_t left = pairs - s;
+    for (uint32_t s = 0; s < rounds; s++) {
+        if (s % CHUNK_ROUNDS == 0) {
+            const uint32_t left = rounds - s;
             if (s) sync_block();
-            y.stage(y_shared, (from + s * HALVES) * STEP, (left < CHUNK_PAIRS ? left : CHUNK_PAIRS) * HALVES * STEP);
+            y.stage(y_shared, (from + s * SHARES) * STEP, (left < CHUNK_ROUNDS ? left : CHUNK_ROUNDS) * SHARES * STEP);
             sync_block();
         }
         copy_wait<DEPTH - 2>();
@@ -127,7 +126,7 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
         look_up(s + DEPTH, rows[DEPTH - 1]);
         if (s >= steps) continue;
         const unsigned char* w = w_mine + s % DEPTH * W_BYTES;
-        const unsigned char* x = y_shared + 2 * ((s % CHUNK_PAIRS * HALVES + half) * STEP + 4 * t) + g * stride(MT);
+        const unsigned char* x = y_shared + 2 * ((s % CHUNK_ROUNDS * SHARES + share) * STEP + 4 * t) + g * stride(MT);
         Words4 row[4];
         UNROLL for (int r = 0; r < 4; r++) row[r] = *(const Words4*)(w + (4 * t + r) * 128 + (g ^ (2 * t)) * 16);
         uint32_t a[MT][4];
@@ -147,18 +146,22 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
     }
     copy_wait<0>();
 
-    // Half 1 hands its sums to half 0 through shared memory.
-    float* exchange = (float*)shared + (warp % COLUMN_WARPS) * 32 * MT * 32;
+    // The other shares hand their sums to share 0 through shared memory.
+    constexpr int HANDED = 32 * MT * 32;  // floats of a warp
+    auto place = [&](int from_share, int m, int n, int i) {
+        const int which = (from_share - 1) * COLUMN_WARPS + warp % COLUMN_WARPS;
+        return (float*)shared + which * HANDED + ((m * 8 + n) * 4 + i) * 32 + lane;
+    };
     sync_block();
-    if (half == 1) {
+    if (share) {
         UNROLL for (int m = 0; m < MT; m++) {
             UNROLL for (int n = 0; n < 8; n++) {
-                UNROLL for (int i = 0; i < 4; i++) exchange[((m * 8 + n) * 4 + i) * 32 + lane] = c[m][n][i];
+                UNROLL for (int i = 0; i < 4; i++) *place(share, m, n, i) = c[m][n][i];
             }
         }
     }
     sync_block();
-    if (half == 1) return;
+    if (share) return;
     float* out = p.out + (uint64_t)block_y() * p.rows * p.n;
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int i = 0; i < 4; i++) {
@@ -166,8 +169,10 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
             if (r >= p.rows || to >= p.n) continue;
             UNROLL for (int n = 0; n < 8; n += 4) {
                 Floats4 v;
-                UNROLL for (int j = 0; j < 4; j++)
-                    v.v[j] = c[m][n + j][i] + exchange[((m * 8 + n + j) * 4 + i) * 32 + lane];
+                UNROLL for (int j = 0; j < 4; j++) {
+                    v.v[j] = c[m][n + j][i];
+                    UNROLL for (int other = 1; other < SHARES; other++) v.v[j] += *place(other, m, n + j, i);
+                }
                 *(Floats4*)(out + (uint64_t)r * p.n + to + n) = v;
             }
         }
@@ -175,10 +180,10 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
 }
 
 template <class T, int MT, int DEPTH> DEVICE void given(const LinearParams& p) {
-    run<T, MT, DEPTH, false>(p, Given<T, MT>{p}, p.k);
+    run<T, MT, DEPTH, 4, false>(p, Given<T, MT>{p}, p.k);
 }
-template <class T, int DEPTH> DEVICE void made(const DownParams& p) {
-    run<T, 1, DEPTH, true>(p, Made<T, 1>{p}, p.valid);
+template <class T, int DEPTH, int COLUMN_WARPS> DEVICE void made(const DownParams& p) {
+    run<T, 1, DEPTH, COLUMN_WARPS, true>(p, Made<T, 1>{p}, p.valid);
 }
 
 }  // namespace down
@@ -188,8 +193,9 @@ template <class T, int DEPTH> DEVICE void made(const DownParams& p) {
     KERNEL(256, 2) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 5>(p); }          \
     KERNEL(256, 2) linear_down_##type##_2(const GRID_CONSTANT LinearParams p) { down::given<type, 2, 5>(p); }          \
     KERNEL(256, 1) linear_down_##type##_4(const GRID_CONSTANT LinearParams p) { down::given<type, 4, 8>(p); }          \
-    KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5>(p); }                       \
-    KERNEL(256, 1) mlp_down_deep_##type(const GRID_CONSTANT DownParams p) { down::made<type, 9>(p); }
+    KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5, 4>(p); }                    \
+    KERNEL(256, 1) mlp_down_deep_##type(const GRID_CONSTANT DownParams p) { down::made<type, 9, 4>(p); }               \
+    KERNEL(256, 1) mlp_down_narrow_##type(const GRID_CONSTANT DownParams p) { down::made<type, 9, 2>(p); }
 DOWN(bf16)
 DOWN(f16)
 #undef DOWN

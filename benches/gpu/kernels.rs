@@ -2,7 +2,7 @@
 
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::MADE_ROWS;
+use polar_sparsity::backend::cuda::launch::{DownCut, MADE_ROWS};
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -217,7 +217,7 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
             product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
-            for how in ["apart", "made", "deep"] {
+            for how in ["apart", "wide", "deep", "narrow"] {
                 if how == "apart" || rows <= MADE_ROWS {
                     mlp(gpu, how, share, (rows, kept, d, ffn));
                 }
@@ -303,7 +303,11 @@ fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {
 /// Norm, up, activation and down of a layer one after another, as a step runs them.
 fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
     let mut k = gpu.kernels(128, 1);
-    k.tuning.deep = how == "deep";
+    k.tuning.down = match how {
+        "deep" => DownCut::Deep,
+        "narrow" => DownCut::Narrow,
+        _ => DownCut::Wide,
+    };
     let matrix = u64::from(ffn) * u64::from(d) * 2;
     let copies = gpu.copies(2 * u64::from(kept) * u64::from(d) * 2);
     let (up, down) = (gpu.random(matrix / 2 * copies, 0.02), gpu.random(matrix / 2 * copies, 0.02));

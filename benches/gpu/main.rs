@@ -12,7 +12,7 @@ mod timing;
 use std::sync::Arc;
 
 /// Arguments name parts (attention, products, mlp, small, prefill, steps, few-steps) and models; none
-/// means every part. `tuning:` with serial, unmade, deep or early: steps with another choice of launches.
+/// means every part. `tuning:` with serial, unmade, deep, narrow or early: steps with another choice of launches.
 fn main() {
     let bench = timing::Gpu::open();
     println!(

@@ -3,7 +3,7 @@
 
 use crate::shapes::{Model, all};
 use polar_sparsity::backend::cuda::driver::Driver;
-use polar_sparsity::backend::cuda::launch::Tuning;
+use polar_sparsity::backend::cuda::launch::{DownCut, Tuning};
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
@@ -18,7 +18,11 @@ fn tuning() -> Tuning {
     Tuning {
         beside: !wants("serial"),
         made: !wants("unmade"),
-        deep: wants("deep"),
+        down: match (wants("deep"), wants("narrow")) {
+            (true, _) => DownCut::Deep,
+            (_, true) => DownCut::Narrow,
+            _ => DownCut::Wide,
+        },
         join_early: wants("early"),
     }
 }

@@ -28,6 +28,7 @@ const Named kernels[] = {
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
     BOTH(mlp_down, DownParams)
     BOTH(mlp_down_deep, DownParams)
+    BOTH(mlp_down_narrow, DownParams)
     ROWS(linear_up, LinearParams)
     ROWS(router_scores, RouterParams)
     BOTH(linear_tile_nt, LinearParams)

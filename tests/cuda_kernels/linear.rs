@@ -2,7 +2,7 @@
 
 use crate::bench::{Bench, Rng, close, rounded};
 use crate::orders;
-use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::launch::{DownCut, Kernels};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -122,7 +122,7 @@ fn skinny_products_of_listed_rows() {
 }
 
 /// The down product that makes its input: parts of the up product, biases, columns past the kept ones.
-fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, deep: bool) -> Vec<u8> {
+fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, cut: DownCut) -> Vec<u8> {
     let (dtype, stored) = (DType::BF16, kept + 40);
     let mut rng = Rng((rows * 5 + d + kept) as u64);
     let k = kept.next_multiple_of(8);
@@ -146,7 +146,7 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, d
     let mut index: Vec<u32> = list.iter().map(|&i| i as u32).collect();
     index.resize(k, 0);
     let mut kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
-    kernels.tuning.deep = deep;
+    kernels.tuning.down = cut;
     let (launch, cut) = kernels.mlp_down(d as u32, k as u32);
     let count = cut as usize * rows * d;
     let out = bench.room(4 * count);
@@ -186,12 +186,23 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, d
 #[test]
 fn down_products_that_make_their_input() {
     for rows in [1, 2, 7, 8, 9, 16] {
-        made_down(&Bench::new(2), rows, 72, 131, 3, rows % 2 == 1);
+        made_down(
+            &Bench::new(2),
+            rows,
+            72,
+            131,
+            3,
+            [DownCut::Wide, DownCut::Deep, DownCut::Narrow][rows % 3],
+        );
     }
-    for (kept, splits, deep) in
-        [(1, 1, false), (16, 2, true), (127, 16, false), (1100, 5, true), (2203, 4, false)]
-    {
-        orders(|b| made_down(b, 3, 264, kept, splits, deep));
+    for (kept, splits, cut) in [
+        (1, 1, DownCut::Narrow),
+        (16, 2, DownCut::Deep),
+        (127, 16, DownCut::Wide),
+        (1100, 5, DownCut::Narrow),
+        (2203, 4, DownCut::Wide),
+    ] {
+        orders(|b| made_down(b, 3, 264, kept, splits, cut));
     }
 }
 

@@ -50,7 +50,7 @@ macro_rules! names {
 }
 
 names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"mlp_down" "mlp_down_deep" }
+"mlp_down" "mlp_down_deep" "mlp_down_narrow" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -81,19 +81,31 @@ pub const TILE_ROWS: u32 = 64;
 /// Choices between launches that compute the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuning {
-    /// The MLP's router chain runs beside QKV and attention.
+    /// The MLP's router chain runs beside QKV and attention; else the products wait for its list as well.
     pub beside: bool,
-    /// The down product of up to [`MADE_ROWS`] rows makes its own input.
+    /// The down product of up to [`MADE_ROWS`] rows makes its own input (with `beside` only).
     pub made: bool,
-    /// It runs as one deep block a multiprocessor, with half as many parts.
-    pub deep: bool,
+    /// How it is cut.
+    pub down: DownCut,
     /// The side work is waited for before the output projection instead of after it.
     pub join_early: bool,
 }
 
+/// How the down product that makes its input is cut into blocks: fewer parts to add against more reads of
+/// the up product's sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DownCut {
+    /// 256 columns, two blocks a multiprocessor.
+    Wide,
+    /// 256 columns, one block with more under way: half as many parts.
+    Deep,
+    /// 128 columns, one block: a quarter as many.
+    Narrow,
+}
+
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true, deep: false, join_early: false }
+        Tuning { beside: true, made: true, down: DownCut::Wide, join_early: false }
     }
 }
 
@@ -117,7 +129,7 @@ pub struct Kernels {
     up: [Id; 4],
     router: [Id; 4],
     down: [Id; 3],
-    mlp_down: [Id; 2],
+    mlp_down: [Id; 3],
     /// Choices that a measurement decides.
     pub tuning: Tuning,
     head_dim: u32,
@@ -195,7 +207,7 @@ impl Kernels {
                 by_name(&format!("linear_down_{t}_2"))?,
                 by_name(&format!("linear_down_{t}_4"))?,
             ],
-            mlp_down: [each("mlp_down")?, each("mlp_down_deep")?],
+            mlp_down: [each("mlp_down")?, each("mlp_down_deep")?, each("mlp_down_narrow")?],
             tuning: Tuning::default(),
             head_dim,
             group,
@@ -367,20 +379,23 @@ impl Kernels {
             17..=32 => (1, 2, 2, 5),
             _ => (2, 4, 1, 8),
         };
-        let (grid, shared) = self.down_grid(n, k, mt, per_sm, depth);
+        let (grid, shared) = self.down_grid(n.div_ceil(256), k, mt, per_sm, depth);
         (Launch { kernel: self.down[i], grid, threads: 256, shared }, grid.1)
     }
 
     /// Down product of a selective MLP of up to [`MADE_ROWS`] rows, from the up product's sums.
     pub fn mlp_down(&self, n: u32, k: u32) -> (Launch, u32) {
-        let (i, per_sm, depth) = if self.tuning.deep { (1, 1, 9) } else { (0, 2, 5) };
-        let (grid, shared) = self.down_grid(n, k, 1, per_sm, depth);
+        let (i, columns, per_sm, depth) = match self.tuning.down {
+            DownCut::Wide => (0, 256, 2, 5),
+            DownCut::Deep => (1, 256, 1, 9),
+            DownCut::Narrow => (2, 128, 1, 9),
+        };
+        let (grid, shared) = self.down_grid(n.div_ceil(columns), k, 1, per_sm, depth);
         (Launch { kernel: self.mlp_down[i], grid, threads: 256, shared }, grid.1)
     }
 
     /// As many parts as fill the device once: a part costs little, an idle multiprocessor a lot.
-    fn down_grid(&self, n: u32, k: u32, mt: u32, per_sm: u32, depth: u32) -> ((u32, u32), u32) {
-        let tiles = n.div_ceil(256);
+    fn down_grid(&self, tiles: u32, k: u32, mt: u32, per_sm: u32, depth: u32) -> ((u32, u32), u32) {
         let most = k.div_ceil(32).clamp(1, MAX_DOWN_SPLITS);
         let splits = (per_sm * self.multiprocessors / tiles).clamp(1, most);
         let chunk = if mt > 2 { 256 } else { 512 };

@@ -3,8 +3,8 @@
 //!
 //! Main: attention norm, QKV, attention, output projection, MLP norm, up, down.
 //! Side: fork after the attention norm; router down, up, selection; join before the MLP norm. So the list is
-//! complete before that norm begins, and the up and down products may read it, and start on their
-//! weights, before the kernels ahead of them end. No buffer that the side writes is used by the main
+//! complete before that norm begins (the join makes it start in order, not early), and the up and down
+//! products may read it, and start on their weights, before the kernels ahead of them end. No buffer that the side writes is used by the main
 //! stream in between, nor the other way round: `h` is read by both, and written again after the join.
 
 use super::Cuda;
@@ -154,11 +154,14 @@ impl<D: Device> Cuda<D> {
             return Ok(false);
         }
         let (d, n) = (s.shape.hidden as u32, kept.next_multiple_of(8));
-        let (launch, splits) = s.kernels.linear_up(rows, n, d);
+        // In one stream every kernel starts early: the list may not be there when `linear_up` begins.
+        let ready = s.kernels.tuning.beside;
+        let (launch, splits) =
+            if ready { s.kernels.linear_up(rows, n, d) } else { s.kernels.linear(rows, n, d) };
         let up = LinearParams { x: b.h, w: l.first, index: b.index, out: b.sums, rows, n, k: d, splits };
         self.go(s, &launch, &up)?;
         let input = Partial { data: b.sums, splits, columns: n };
-        let sum = if rows <= MADE_ROWS && s.kernels.tuning.made {
+        let sum = if rows <= MADE_ROWS && ready && s.kernels.tuning.made {
             let (launch, splits) = s.kernels.mlp_down(d, n);
             let params = DownParams {
                 up: input,

@@ -201,7 +201,9 @@ fn places<D: Device>(
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
             for r in [8, 16, 32, SKINNY_ROWS].map(|r| r.min(rows as u32)) {
-                first = first.max(k.linear_up(r, kept as u32, d as u32).1 as usize * r as usize * kept);
+                let (n, d) = (kept as u32, d as u32);
+                let splits = k.linear_up(r, n, d).1.max(k.linear(r, n, d).1);
+                first = first.max(splits as usize * r as usize * kept);
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
