@@ -38,7 +38,9 @@ template <class T, int MT, int NT, bool READY> DEVICE uint32_t sums(const Linear
         UNROLL for (int i = 0; i < 4 * MT; i++) {
             const uint32_t n = neuron0 + 4 * i + lane / 8;
             const uint32_t at = n < p.n && p.index ? READY ? load_early(p.index + n) : p.index[n] : n;
-            row[i] = n < p.n ? (const T*)p.w + (uint64_t)at * p.k : nullptr;
+            row[i] = n >= p.n ? nullptr
+                : p.more && n >= p.first ? (const T*)p.more + (uint64_t)(n - p.first) * p.k
+                : (const T*)p.w + (uint64_t)at * p.k;
         }
     };
     auto issue_w = [&](uint32_t s) {

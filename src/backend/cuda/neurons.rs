@@ -52,7 +52,7 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear(rows, n, k);
-        let params = LinearParams { x, w, index: Ptr::NULL, out, rows, n, k, splits };
+        let params = LinearParams { x, w, out, rows, n, k, splits, ..Default::default() };
         self.go_beside(s, &launch, &params)?;
         Ok(Partial { data: out, splits, columns: n })
     }
@@ -158,7 +158,8 @@ impl<D: Device> Cuda<D> {
         let ready = s.kernels.tuning.beside;
         let (launch, splits) =
             if ready { s.kernels.linear_up(rows, n, d) } else { s.kernels.linear(rows, n, d) };
-        let up = LinearParams { x: b.h, w: l.first, index: b.index, out: b.sums, rows, n, k: d, splits };
+        let (x, w, index, out) = (b.h, l.first, b.index, b.sums);
+        let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
         self.go(s, &launch, &up)?;
         let input = Partial { data: b.sums, splits, columns: n };
         let sum = if rows <= MADE_ROWS && ready && s.kernels.tuning.made {
