@@ -512,10 +512,11 @@ impl Device for Driver {
     }
 
     fn join(&self) -> Result<()> {
-        if !self.side.forked.swap(false, Ordering::Relaxed) {
+        if !self.side.forked.load(Ordering::Relaxed) {
             return Ok(());
         }
         self.meet(self.side.stream, self.side.events[1], self.stream)?;
+        self.side.forked.store(false, Ordering::Relaxed);
         self.side.after_wait[0].store(true, Ordering::Relaxed);
         Ok(())
     }

@@ -31,7 +31,7 @@ pub(super) struct Buffers {
     pub(super) sums: Ptr,
     /// Sums that the next norm adds to the residual stream.
     pub(super) delta: Ptr,
-    /// Sums of the attention router, until its selection.
+    /// Random scores of the heads, until their selection.
     pub(super) scores: Ptr,
     /// Sums of the MLP router's products, which run beside the others.
     pub(super) router_sums: Ptr,
@@ -206,7 +206,6 @@ fn places<D: Device>(
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
         down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
-    let mut scores = batch * s.kv_heads;
     let (mut rank, mut router_sums, mut qkv) = (0, 0, forward(s.qkv(), d));
     for l in r.map_or(&[][..], |r| &r.layers) {
         if l.attn_rows > 0 {
@@ -234,7 +233,7 @@ fn places<D: Device>(
         z: p.take(rows * rank, 2),
         sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
-        scores: p.take(scores, 4),
+        scores: p.take(batch * s.kv_heads, 4),
         router_sums: p.take(router_sums, 4),
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
