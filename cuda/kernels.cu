@@ -7,5 +7,6 @@
 #include "rows.cu"
 #include "select.cu"
 #include "sample.cu"
+#include "sample_draw.cu"
 #include "transfer.cu"
 #include "synthetic.cu"

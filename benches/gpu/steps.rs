@@ -14,6 +14,9 @@ use std::time::Instant;
 struct Greedy;
 
 impl History for Greedy {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
+    }
     fn tokens(&self, _: u32) -> (&[u32], usize) {
         (&[], 0)
     }

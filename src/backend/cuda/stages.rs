@@ -221,7 +221,7 @@ impl<D: Device> Cuda<D> {
                     keep: s.tables.plan(s.tables.layer_plan[layer]).0,
                     selected: b.selected,
                     attention: b.attention,
-                    nan_count: b.nan_count,
+                    nan_count: s.sampling.nan_count(),
                     rows,
                     units,
                     unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
@@ -244,7 +244,7 @@ impl<D: Device> Cuda<D> {
                     group: s.tables.groups(which),
                     index: b.index,
                     masks: b.masks,
-                    nan_count: b.nan_count,
+                    nan_count: s.sampling.nan_count(),
                     rows,
                     n: s.shape.ffn as u32,
                     keep0: keep(rule.reference),
@@ -402,15 +402,8 @@ impl<D: Device> Cuda<D> {
             if !self.by_library(s, &params, false)? {
                 self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
             }
-            let params = ArgmaxParams {
-                logits: b.logits,
-                token: b.token,
-                logprob: b.logprob,
-                parts: b.top_parts,
-                counters: b.top_counters,
-                vocab,
-            };
-            self.go(s, &s.kernels.argmax(n), &params)?;
+            let (launch, params) = s.sampling.likeliest(b.logits, n);
+            self.go(s, &launch, &params)?;
         }
         s.pending = Pending::default();
         self.finish_recording(s)
