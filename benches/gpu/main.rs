@@ -5,13 +5,14 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a program that prints a table")]
 
 mod kernels;
+mod sampling;
 mod shapes;
 mod steps;
 mod timing;
 
 use std::sync::Arc;
 
-/// Arguments name parts (attention, products, mlp, small, prefill, steps, few-steps) and models; none
+/// Arguments name parts (attention, products, mlp, small, sampling, prefill, steps, few-steps) and models; none
 /// means every part.
 fn main() {
     let bench = timing::Gpu::open();
@@ -21,7 +22,7 @@ fn main() {
         bench.ceiling,
         if bench.device.has_library() { "found" } else { "not found" }
     );
-    let parts = ["attention", "products", "mlp", "small", "prefill", "steps", "few-steps"];
+    let parts = ["attention", "products", "mlp", "small", "sampling", "prefill", "steps", "few-steps"];
     let (which, models): (Vec<String>, Vec<String>) =
         std::env::args().skip(1).filter(|a| a != "--bench").partition(|a| parts.contains(&a.as_str()));
     let wants = |name: &str| which.is_empty() || which.iter().any(|w| w == name);
@@ -36,6 +37,9 @@ fn main() {
     }
     if wants("small") {
         kernels::small(&bench);
+    }
+    if wants("sampling") {
+        sampling::sampling(&bench);
     }
     if wants("prefill") {
         kernels::prefill(&bench);

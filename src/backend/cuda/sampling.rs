@@ -294,13 +294,25 @@ impl<D: Device> Sampling<D> {
         if self.jobs.is_empty() {
             return Ok(());
         }
+        self.upload()?;
+        self.launch(logits)
+    }
+
+    /// The first half of [`Sampling::run`]: the jobs' tables to the device.
+    pub fn upload(&mut self) -> Result<()> {
         if !self.news.is_empty() {
             self.send_news()?;
         }
         self.jobs.sort_unstable_by_key(|job| (class(job), job.row));
-        copy_in(&*self.device, self.at.jobs, &self.jobs)?;
+        copy_in(&*self.device, self.at.jobs, &self.jobs)
+    }
+
+    /// The second half: the kernels.
+    pub fn launch(&self, logits: Ptr) -> Result<()> {
         let first = |c: u8| self.jobs.partition_point(|job| class(job) < c) as u32;
-        for (stage, jobs) in [first(0)..first(3), first(1)..first(5), first(2)..first(4)].into_iter().enumerate() {
+        for (stage, jobs) in
+            [first(0)..first(3), first(1)..first(5), first(2)..first(4)].into_iter().enumerate()
+        {
             if jobs.is_empty() {
                 continue;
             }
