@@ -242,8 +242,8 @@ DEVICE void finish(const SampleParams& p) {
 }  // namespace sampling
 
 KERNEL(512, 1) sample_penalised(const GRID_CONSTANT SampleParams p) { begin_kernel(); sampling::penalised(p); }
-KERNEL(512, 1) sample_bins(const GRID_CONSTANT SampleParams p) { begin_kernel(); sampling::histogram(p); }
-KERNEL(512, 2) sample_finish(const GRID_CONSTANT SampleParams p) { begin_kernel(); sampling::finish(p); }
+KERNEL(512, 2) sample_bins(const GRID_CONSTANT SampleParams p) { begin_kernel(); sampling::histogram(p); }
+KERNEL(512, 1) sample_finish(const GRID_CONSTANT SampleParams p) { begin_kernel(); sampling::finish(p); }
 
 KERNEL(256, 1) count_tokens(const GRID_CONSTANT CountParams p) {
     begin_kernel();

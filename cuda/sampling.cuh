@@ -11,7 +11,7 @@
 namespace sampling {
 
 constexpr int THREADS = 512;
-constexpr uint32_t DIGITS = 512, CHUNK = 128;
+constexpr uint32_t DIGITS = 512, CHUNK = 128, GATHERED = 1024;
 constexpr uint64_t ALL = ~0ull;
 enum Kind : uint32_t { LIKELIEST, DRAW, ALTERNATIVES };
 enum Measure { COUNT, WEIGHT };
@@ -28,7 +28,7 @@ DEVICE uint64_t warp_sum64(uint64_t v) {
 }
 
 // Shared memory of a block: SAMPLE_BINS 64-bit sums as two words each, so that adding needs 32-bit
-// atomics only; and a few words for reductions.
+// atomics only; what a search has gathered; and a few words for reductions.
 struct Shared {
     uint32_t* low;
     uint32_t* high;
@@ -36,6 +36,8 @@ struct Shared {
     uint64_t* found;  // [4]
     uint64_t* kept;   // [MAX_LOGPROBS]
     uint32_t* words;  // [4]
+    uint64_t* places;    // [GATHERED]
+    uint64_t* measures;  // [GATHERED]
 
     DEVICE_MEMBER explicit Shared(unsigned char* at) {
         sums = (uint64_t*)at;
@@ -44,6 +46,8 @@ struct Shared {
         words = (uint32_t*)(kept + MAX_LOGPROBS);
         low = (uint32_t*)(at + 1024);
         high = low + SAMPLE_BINS;
+        places = (uint64_t*)(high + SAMPLE_BINS);
+        measures = places + GATHERED;
     }
     DEVICE_MEMBER void clear(uint32_t bins) {
         for (uint32_t i = thread_index(); i < bins; i += THREADS) low[i] = high[i] = 0;
@@ -196,24 +200,50 @@ struct Answer {
 };
 
 // By a whole block. Each round measures the interval that holds the answer, then cuts it into up to 512.
+// As soon as an interval's tokens fit, they are gathered in shared memory and the source is not read again.
 DEVICE Answer search(const Row& r, const Source& source, const Question& q, Shared& s) {
     uint64_t first = 0, end = ALL, before = 0;
+    uint32_t gathered = NONE;
     const auto each = [&](auto f) {
-        for (uint32_t j = thread_index(); j < source.count; j += THREADS) {
-            const uint32_t i = source.list ? source.list[j] : source.first + j;
-            const float x = r.value(i);
-            if (!r.candidate(x) || (q.bin != NONE && r.bin(x) != q.bin)) continue;
-            const uint64_t by_value = r.order(x, i), place = q.order == BY_INDEX ? i : by_value;
-            if (by_value > q.limit || place < first || place > end) continue;
-            f(place, q.measure == COUNT ? 1 : r.weight(x));
+        if (gathered != NONE) {
+            for (uint32_t j = thread_index(); j < gathered; j += THREADS)
+                if (s.places[j] >= first && s.places[j] <= end) f(s.places[j], s.measures[j]);
+            return;
+        }
+        constexpr int AT_ONCE = 8;
+        for (uint32_t j0 = thread_index(); j0 < source.count; j0 += AT_ONCE * THREADS) {
+            uint32_t token[AT_ONCE];
+            float v[AT_ONCE];
+            UNROLL for (int k = 0; k < AT_ONCE; k++) {
+                const uint32_t j = j0 + k * THREADS < source.count ? j0 + k * THREADS : j0;
+                token[k] = source.list ? source.list[j] : source.first + j;
+            }
+            UNROLL for (int k = 0; k < AT_ONCE; k++) v[k] = r.value(token[k]);
+            UNROLL for (int k = 0; k < AT_ONCE; k++) {
+                const float x = v[k];
+                if (j0 + k * THREADS >= source.count || !r.candidate(x) || (q.bin != NONE && r.bin(x) != q.bin)) continue;
+                const uint64_t by_value = r.order(x, token[k]), place = q.order == BY_INDEX ? token[k] : by_value;
+                if (by_value > q.limit || place < first || place > end) continue;
+                f(place, q.measure == COUNT ? 1 : r.weight(x));
+            }
         }
     };
     for (;;) {
         uint64_t low = ALL, high = 0, sum = 0;
+        if (thread_index() == 0) s.words[0] = 0;
+        sync_block();
         each([&](uint64_t place, uint64_t measure) {
             low = min64(low, place);
             high = max64(high, place);
             sum += measure;
+            // Past its end the counter stands still: that they do not fit is all it has to tell.
+            if (gathered == NONE && s.words[0] <= GATHERED) {
+                const uint32_t at = atomic_add(s.words, 1u);
+                if (at < GATHERED) {
+                    s.places[at] = place;
+                    s.measures[at] = measure;
+                }
+            }
         });
         for (int m = 16; m; m >>= 1) {
             low = min64(low, shuffle64(low, lane_index() ^ m));
@@ -232,6 +262,7 @@ DEVICE Answer search(const Row& r, const Source& source, const Question& q, Shar
             high = max64(high, s.sums[16 + w]);
             sum += s.sums[32 + w];
         }
+        if (gathered == NONE && s.words[0] <= GATHERED) gathered = s.words[0];
         sync_block();
         if (before + sum < q.target) return {ALL, before + sum};
         if (low == high) return {low, before + sum};

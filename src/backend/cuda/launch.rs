@@ -339,8 +339,8 @@ impl Kernels {
     }
 }
 
-/// Shared memory of the sampling kernels beside their histogram, bytes.
-const SAMPLE_SUMS: u32 = 1024;
+/// Shared memory of the sampling kernels beside their histogram, bytes: sums, gathered tokens.
+const SAMPLE_SUMS: u32 = 1024 + 1024 * 16;
 const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
 
 fn skinny_variant(rows: u32) -> usize {
