@@ -65,6 +65,9 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return atomicOr(p, v); }
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomicAdd((unsigned long long*)p, (unsigned long long)v); }
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) { return atomicMax((unsigned long long*)p, (unsigned long long)v); }
 
 // ---- warp exchange -----------------------------------------------------------------------------
 
@@ -75,6 +78,7 @@ DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
 DEVICE uint32_t warp_add(uint32_t v) { return __reduce_add_sync(~0u, v); }
 DEVICE int count_bits(uint32_t v) { return __popc(v); }
 DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
+DEVICE int highest_bit(uint64_t v) { return 63 - __clzll((long long)v); }  // of a number that is not 0
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
@@ -92,6 +96,8 @@ DEVICE float reciprocal_fast(float x) {
 }
 DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 DEVICE float log2_fast(float x) { return __log2f(x); }
+DEVICE float exp_exact(float x) { return expf(x); }  // to the last place or two, subnormal results kept
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // never fused with a sum
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };

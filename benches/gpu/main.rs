@@ -11,6 +11,7 @@
 mod kernels;
 mod layer;
 mod models;
+mod sampling;
 #[path = "../support/shapes.rs"]
 mod shapes;
 mod steps;
@@ -29,6 +30,7 @@ const PARTS: &[Part] = &[
     ("products", kernels::products),
     ("mlp", kernels::selective_mlp),
     ("small", kernels::small),
+    ("sampling", sampling::sampling),
     ("prefill", kernels::prefill),
 ];
 

@@ -42,6 +42,10 @@ const Named kernels[] = {
     ONE(select_neurons_large, NeuronParams)
     ONE(neuron_scores, NeuronParams)
     ONE(argmax, ArgmaxParams)
+    ONE(count_tokens, CountParams)
+    ONE(sample_penalised, SampleParams)
+    ONE(sample_bins, SampleParams)
+    ONE(sample_finish, SampleParams)
     ONE(transpose16, TransposeParams)
     ONE(convert, ConvertParams)
     ONE(read_stream, StreamParams)
@@ -77,6 +81,7 @@ extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
                               sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
                               sizeof(PrefillParams), sizeof(ActivateParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;
     for (int i = 0; i < n; i++) out[i] = sizes[i];

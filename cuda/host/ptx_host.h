@@ -41,6 +41,21 @@ DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) {
     *p = old + v;
     return old;
 }
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) {
+    uint32_t old = *p;
+    *p = old | v;
+    return old;
+}
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) {
+    uint64_t old = *p;
+    *p = old + v;
+    return old;
+}
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) {
+    uint64_t old = *p;
+    *p = old > v ? old : v;
+    return old;
+}
 
 DEVICE uint32_t bits_of_float(float v) {
     uint32_t y;
@@ -78,9 +93,12 @@ DEVICE uint32_t warp_add(uint32_t v) {
 }
 DEVICE int count_bits(uint32_t v) { return __builtin_popcount(v); }
 DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }
+DEVICE int highest_bit(uint64_t v) { return 63 - __builtin_clzll(v); }
 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float exp_exact(float x) { return expf(x); }
+DEVICE float product(float a, float b) { return a * b; }
 DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 DEVICE float reciprocal_sqrt(float x) { return 1.0f / sqrtf(x); }
 

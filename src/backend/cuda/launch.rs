@@ -1,5 +1,6 @@
 //! Kernels by name, and the grid, threads and shared memory of each launch.
 
+use super::params::SAMPLE_BINS;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -24,7 +25,7 @@ macro_rules! names {
     ($($name:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
-            "neuron_scores", "select_neurons", "select_neurons_large", "argmax", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
+            "neuron_scores", "select_neurons", "select_neurons_large", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
             "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
@@ -121,6 +122,8 @@ pub struct Kernels {
     scores: Id,
     neurons: [Id; 2],
     argmax: Id,
+    count_tokens: Id,
+    sample: [Id; 3],
     transpose: Id,
     convert: Id,
     decode: Id,
@@ -195,6 +198,8 @@ impl Kernels {
             scores: by_name("neuron_scores")?,
             neurons: [by_name("select_neurons")?, by_name("select_neurons_large")?],
             argmax: by_name("argmax")?,
+            count_tokens: by_name("count_tokens")?,
+            sample: [by_name("sample_penalised")?, by_name("sample_bins")?, by_name("sample_finish")?],
             transpose: by_name("transpose16")?,
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
@@ -280,6 +285,19 @@ impl Kernels {
     pub fn argmax(&self, rows: u32) -> Launch {
         let pieces = (2 * self.multiprocessors / rows.max(1)).clamp(1, ARGMAX_PIECES);
         Launch { kernel: self.argmax, grid: (pieces, rows), threads: 512, shared: 400 }
+    }
+
+    /// Counting of `n` tokens of penalised sequences.
+    pub fn count_tokens(&self, n: u32) -> Launch {
+        Launch { kernel: self.count_tokens, grid: (n.div_ceil(256), 1), threads: 256, shared: 0 }
+    }
+
+    /// Sampling of `jobs` rows: the likeliest after penalties (0), histograms and plain draws (1), the
+    /// rest (2).
+    pub fn sample(&self, stage: usize, jobs: u32) -> Launch {
+        let pieces = (4 * self.multiprocessors / jobs.max(1)).clamp(1, ARGMAX_PIECES);
+        let shared = 2 * 4 * SAMPLE_BINS as u32 + SAMPLE_SUMS;
+        Launch { kernel: self.sample[stage], grid: (pieces, jobs), threads: 512, shared }
     }
 
     /// Transposition of `rows` by `columns`.
@@ -438,6 +456,8 @@ impl SkinnyCut {
     }
 }
 
+/// Shared memory of the sampling kernels beside their histogram, bytes: sums, gathered tokens.
+const SAMPLE_SUMS: u32 = 1024 + 1024 * 16;
 const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
 
 /// Steps of the loop that filling and draining a block's pipeline costs.
