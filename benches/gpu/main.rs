@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a program that prints a table")]
 
 mod kernels;
+mod prefill;
 mod shapes;
 mod steps;
 mod timing;
@@ -38,7 +39,7 @@ fn main() {
         kernels::small(&bench);
     }
     if wants("prefill") {
-        kernels::prefill(&bench);
+        prefill::prefill(&bench);
     }
     let few = which.iter().any(|w| w == "few-steps");
     if few || wants("steps") {

@@ -170,8 +170,7 @@ impl<D: Device> Backend for Cuda<D> {
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
         }
-        let tile = s.kernels.tile_tokens();
-        s.tables.fill(step, w.spec.num_kv_heads, w.spec.window, tile)?;
+        s.tables.fill(step, w.spec.num_kv_heads, w.spec.window)?;
         s.tables.upload(&*self.device, step)?;
         self.device.zero(s.buffers.nan_count, 4)?;
         s.routed = None;

@@ -318,7 +318,7 @@ impl<D: Device> Cuda<D> {
                 window: w.spec.window.unwrap_or(NONE),
                 scale,
             };
-            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
+            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads), &params)?;
         }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
         let sum = self.product(s, (b.attention, l.o.weight, Ptr::NULL), size, b.delta)?;

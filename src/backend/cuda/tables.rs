@@ -2,11 +2,14 @@
 //! copied once per step, so that a recorded step can be replayed.
 
 use super::device::Device;
-use super::launch::TILE_ROWS;
 use super::params::{NONE, Ptr, SEGMENT_COST};
 use crate::backend::{Limits, PAGE_TOKENS, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::sparsity::{MlpMode, Rule};
+use std::cmp::Reverse;
+
+/// Words of a `PrefillTile`.
+const TILE_WORDS: usize = 5;
 
 /// Where a table begins, in words, and how many words it holds.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +37,8 @@ pub(super) struct Tables {
     plan_words: usize,
     max_batch: usize,
     max_rows: usize,
+    /// Query tokens of a prefill tile.
+    tile_tokens: u32,
     /// Plans used, and which of them each layer uses.
     n_plans: usize,
     pub(super) layer_plan: Vec<u16>,
@@ -54,8 +59,8 @@ pub(super) enum Groups {
 }
 
 impl Tables {
-    /// Words for the largest step.
-    pub(super) fn new(limits: &Limits, layers: usize, group: usize) -> Result<Tables> {
+    /// Words for the largest step, prompts cut into tiles of `tile_tokens`.
+    pub(super) fn new(limits: &Limits, layers: usize, tile_tokens: u32) -> Result<Tables> {
         let (rows, batch) = (limits.max_rows, limits.max_batch);
         let mut next = 0usize;
         let mut span = |room: usize| {
@@ -65,7 +70,6 @@ impl Tables {
             s
         };
         let plan_words = (2 * batch + 1).next_multiple_of(4);
-        let tile = (TILE_ROWS as usize / group.max(1)).max(1);
         let pages_per_seq = limits.max_context.div_ceil(PAGE_TOKENS);
         let mut t = Tables {
             words: Vec::new(),
@@ -78,12 +82,13 @@ impl Tables {
             skip: span(batch),
             groups: span(3 * rows),
             logit_rows: span(batch),
-            tiles: span(5 * (rows.div_ceil(tile) + batch)),
+            tiles: span(TILE_WORDS * (rows.div_ceil(tile_tokens as usize) + batch)),
             plans: span((layers + 1) * plan_words),
             pages: span(pages_per_seq.saturating_mul(batch)),
             plan_words,
             max_batch: batch,
             max_rows: rows,
+            tile_tokens,
             n_plans: 0,
             layer_plan: try_vec(layers, 0, "plans")?,
             n_tiles: 0,
@@ -147,13 +152,7 @@ impl Tables {
     }
 
     /// Fills every table from a step that was checked.
-    pub(super) fn fill(
-        &mut self,
-        step: &Step,
-        kv_heads: u32,
-        window: Option<u32>,
-        tile_tokens: u32,
-    ) -> Result<()> {
+    pub(super) fn fill(&mut self, step: &Step, kv_heads: u32, window: Option<u32>) -> Result<()> {
         let window = window.unwrap_or(u32::MAX);
         if step.pages.len() > self.pages.room {
             return Err(Error::invalid("step: more block table entries than the engine was made for"));
@@ -185,9 +184,10 @@ impl Tables {
                 self.put(self.skip, b, start % 16);
                 self.put_group(b, seq.mlp);
             } else {
-                self.put_tiles(seq, tile_tokens);
+                self.put_tiles(seq);
             }
         }
+        self.sort_tiles(window);
         self.fill_plans(step, kv_heads);
         Ok(())
     }
@@ -210,18 +210,25 @@ impl Tables {
         }
     }
 
-    fn put_tiles(&mut self, seq: &crate::backend::SeqStep, tile_tokens: u32) {
-        // The last tiles see the most pages: they start first.
-        for i in (0..seq.n_rows.div_ceil(tile_tokens)).rev() {
-            let at = i * tile_tokens;
-            let tokens = tile_tokens.min(seq.n_rows - at);
+    fn put_tiles(&mut self, seq: &crate::backend::SeqStep) {
+        for at in (0..seq.n_rows).step_by(self.tile_tokens as usize) {
+            let tokens = self.tile_tokens.min(seq.n_rows - at);
             let tile =
                 [seq.first_row + at, tokens, seq.context - seq.n_rows + at, seq.context, seq.first_page];
             for (j, v) in tile.into_iter().enumerate() {
-                self.put(self.tiles, 5 * self.n_tiles as usize + j, v);
+                self.put(self.tiles, TILE_WORDS * self.n_tiles as usize + j, v);
             }
             self.n_tiles += 1;
         }
+    }
+
+    /// The tiles that see the most tokens start first, over all prompts of the step.
+    fn sort_tiles(&mut self, window: u32) {
+        let words = &mut self.words[self.tiles.at..][..TILE_WORDS * self.n_tiles as usize];
+        let (tiles, _) = words.as_chunks_mut::<TILE_WORDS>();
+        tiles.sort_unstable_by_key(|&[row, tokens, position, ..]| {
+            (Reverse(position.min(window) + tokens), row)
+        });
     }
 
     /// One plan per distinct list of kept heads.
