@@ -75,8 +75,8 @@ fn case(gpu: &Gpu, (heads, kv_heads, hd): (u32, u32, u32), context: u32, tokens:
     println!(
         "attention_prefill  {heads}/{kv_heads} hd {hd} {tokens:>5} new of {context:<5} {us:>9.1} us {tflops:>5.0} TFLOP/s {cut}"
     );
-    println!(
+    gpu.record(&format!(
         r#"{{"kind":"kernel","kernel":"attention_prefill","cut":"{cut}","heads":{heads},"kv_heads":{kv_heads},"head_dim":{hd},"tokens":{tokens},"context":{context},"us":{us:.2},"tflops":{tflops:.1}}}"#
-    );
+    ));
     gpu.device.synchronize().unwrap();
 }

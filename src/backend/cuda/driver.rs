@@ -14,6 +14,7 @@ use std::ffi::{CString, c_int, c_void};
 use std::fmt::Display;
 use std::panic::catch_unwind;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(polar_kernels)]
@@ -23,6 +24,10 @@ static FATBIN: Option<&[u8]> = None;
 
 /// Oldest CUDA version a driver must speak: the one the kernels were compiled with.
 const CUDA_NEEDED: c_int = 13000;
+
+/// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
+/// may use is leaked, since the driver would wait for it without end.
+const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 
 /// A GPU.
 pub struct Driver {
@@ -38,6 +43,8 @@ pub struct Driver {
     workspace: u64,
     /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
     starts_early: bool,
+    /// Work did not end within [`RELEASE_WAIT_NS`].
+    stuck: AtomicBool,
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -182,6 +189,7 @@ impl Driver {
             library: None,
             workspace: 0,
             starts_early: false,
+            stuck: AtomicBool::new(false),
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -265,6 +273,15 @@ impl Driver {
         Ok(Entered)
     }
 
+    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
+    fn is_quiet(&self) -> bool {
+        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
+        // An error means that nothing runs any more.
+        let quiet = !matches!(self.finished(wait), Ok(false));
+        self.stuck.store(!quiet, Ordering::Relaxed);
+        quiet
+    }
+
     /// The stream, for hosts that queue their own work beside it.
     pub fn stream(&self) -> u64 {
         self.stream as u64
@@ -300,7 +317,7 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        if self.context.is_null() {
+        if self.context.is_null() || (!self.stream.is_null() && !self.is_quiet()) {
             return;
         }
         if let Ok(_entered) = self.enter() {
@@ -355,9 +372,11 @@ impl Device for Driver {
     }
 
     fn free(&self, at: Ptr) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: `at` came from `alloc`; kernels that use it were started before on the stream,
-            // and the driver waits for them.
+            // and have ended.
             let _ = unsafe { sys::cuMemFree_v2(at.0) };
         }
     }
@@ -480,7 +499,9 @@ impl Device for Driver {
     }
 
     fn forget(&self, program: u64) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: as in `replay`; it is not used again.
             let _ = unsafe { sys::cuGraphExecDestroy(program as sys::CUgraphExec) };
         }
