@@ -111,8 +111,7 @@ impl<D: Device> CudaScratch<D> {
         if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
-        let group = s.heads / s.kv_heads;
-        let mut tables = Tables::new(device, limits, s.layers, group)?;
+        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens())?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
