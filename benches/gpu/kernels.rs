@@ -241,6 +241,7 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             n,
             keep0: 4096,
             keep_other: 0,
+            last_group: Ptr::NULL,
             first_group: 0,
         };
         let us = gpu.time(1, |_| gpu.start(&k.neuron_scores(1, n), &params));

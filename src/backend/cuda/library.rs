@@ -39,12 +39,15 @@ pub(super) struct Library {
     plans: Mutex<HashMap<Key, Option<Plan>>>,
 }
 
+/// Starts something.
+pub(super) type Work<'a> = dyn Fn() -> Result<()> + 'a;
+
 /// How kernels are compared.
 pub(super) struct Contest<'a> {
     /// Microseconds of what a closure starts.
-    pub(super) time: &'a dyn Fn(&dyn Fn() -> Result<()>) -> Result<f32>,
+    pub(super) time: &'a dyn Fn(&Work<'_>) -> Result<f32>,
     /// Starts our own kernel for the same product, if that competes.
-    pub(super) own: Option<&'a dyn Fn() -> Result<()>>,
+    pub(super) own: Option<&'a Work<'a>>,
 }
 
 /// Algorithms asked for.

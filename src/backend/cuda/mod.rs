@@ -16,10 +16,14 @@ pub mod launch;
 mod library;
 mod memory;
 pub mod params;
+#[cfg(feature = "cuda")]
+mod probe;
 mod program;
 mod scratch;
 mod shape;
 mod stages;
+#[cfg(feature = "cuda")]
+mod stopwatch;
 mod tables;
 mod weights;
 
