@@ -7,6 +7,7 @@
 
 use super::device::Device;
 use super::launch::{Launch, NAMES};
+pub use super::library::Choice;
 use super::library::{Contest, Library, WORKSPACE, Work};
 use super::params::{LinearParams, Ptr};
 use super::probe::check;
@@ -157,6 +158,11 @@ impl Driver {
             driver.library = Library::open(driver.workspace);
         }
         Ok(driver)
+    }
+
+    /// How products' kernels were chosen so far; empty without cuBLASLt.
+    pub fn product_choices(&self) -> Vec<Choice> {
+        self.library.as_ref().map_or_else(Vec::new, Library::choices)
     }
 
     /// Whether cuBLASLt was found.
