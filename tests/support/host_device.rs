@@ -2,24 +2,30 @@
 //! Memory is host memory, filled with NaN bytes and surrounded by them. Copies from and to `alloc_host`
 //! memory are made as late as a GPU might make them: before the next launch, or when waited for.
 
-use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::{Launch, NAMES};
+use polar_sparsity::backend::cuda::device::{self, Device};
+use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
-use polar_sparsity::{Error, Result};
+use polar_sparsity::{Error, Result, Status};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::Path;
 use std::process::Command;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+
+#[allow(clippy::duplicate_mod, reason = "some test programs have it once more, in support")]
+#[path = "root.rs"]
+mod root;
+pub use root::root;
 
 type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
+type LateFn = unsafe extern "C" fn(*const c_void, u64);
 type SizesFn = unsafe extern "C" fn(*mut u32) -> c_int;
 
 struct Library {
     launch: LaunchFn,
+    late: LateFn,
     sizes: SizesFn,
 }
 
@@ -29,9 +35,8 @@ static RUNNING: Mutex<()> = Mutex::new(());
 fn library() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/host");
-        let out =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels_host_{}.so", std::process::id()));
+        let root = root().join("cuda/host");
+        let out = std::env::temp_dir().join(format!("kernels_host_{}.so", std::process::id()));
         let done = Command::new("g++")
             .args(["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-o"])
             .arg(&out)
@@ -40,7 +45,7 @@ fn library() -> &'static Library {
             .expect("g++ is needed to run the kernels on the CPU");
         assert!(done.success(), "g++ could not compile cuda/host");
         let path = CString::new(out.to_str().unwrap()).unwrap();
-        // SAFETY: a library just built from this repository; its two functions have these types.
+        // SAFETY: a library just built from this repository; its functions have these types.
         let library = unsafe {
             let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
             assert!(!handle.is_null(), "cannot load {}", out.display());
@@ -51,6 +56,7 @@ fn library() -> &'static Library {
             };
             Library {
                 launch: std::mem::transmute::<*mut c_void, LaunchFn>(symbol(c"polar_host_launch")),
+                late: std::mem::transmute::<*mut c_void, LateFn>(symbol(c"polar_host_late")),
                 sizes: std::mem::transmute::<*mut c_void, SizesFn>(symbol(c"polar_host_sizes")),
             }
         };
@@ -91,7 +97,13 @@ pub struct Host {
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
+    /// Memory that the kernels before each launch are still writing: address and bytes.
+    pub late: Late,
+    /// Whether `product` does what a vendor's library would.
+    pub library: bool,
 }
+
+pub type Late = Arc<Mutex<Vec<(Ptr, u64)>>>;
 
 impl Host {
     pub fn new() -> Host {
@@ -108,6 +120,8 @@ impl Host {
             idle: AtomicBool::new(false),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
+            late: Late::default(),
+            library: false,
         }
     }
 
@@ -152,7 +166,10 @@ impl Host {
         // SAFETY: the parameters point into memory of this device, as the kernel expects; a kernel
         // that reads outside it is what the tests look for.
         let status = unsafe {
-            (library().launch)(
+            for (at, bytes) in &*self.late.lock().unwrap() {
+                (library().late)(at.0 as *const c_void, *bytes);
+            }
+            let status = (library().launch)(
                 name.as_ptr(),
                 launch.grid.0,
                 launch.grid.1,
@@ -160,11 +177,16 @@ impl Host {
                 launch.shared,
                 self.seed.load(Ordering::Relaxed),
                 aligned.as_ptr().cast(),
-            )
+            );
+            (library().late)(std::ptr::null(), 0);
+            status
         };
         match status {
             0 => Ok(()),
             1 => Err(Error::unsupported(format!("no kernel {name:?}"))),
+            3 => {
+                Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
+            }
             _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
         }
     }
@@ -199,7 +221,7 @@ impl Device for Host {
         Ok(at)
     }
     fn free_host(&self, at: NonNull<u8>) {
-        assert!(self.copies.lock().unwrap().is_empty(), "freed with a copy under way");
+        self.finish_copies();
         assert!(self.host_memory.lock().unwrap().remove(&(at.as_ptr() as usize)).is_some(), "freed twice");
     }
     fn send(&self, to: Ptr, from: &[u8]) -> Result<()> {
@@ -238,6 +260,9 @@ impl Device for Host {
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.fails()?;
+        if launch.shared > self.shared_per_block() {
+            return Err(Error::new(Status::E_DEVICE, format!("{} bytes of shared memory", launch.shared)));
+        }
         if let Some(list) = self.recording.lock().unwrap().as_mut() {
             if !self.idle.load(Ordering::Relaxed) {
                 list.push((*launch, params.to_vec()));
@@ -248,8 +273,18 @@ impl Device for Host {
         self.launches.fetch_add(1, Ordering::Relaxed);
         self.run(launch, params)
     }
-    fn product(&self, _: &LinearParams, _: bool, _: DType, _: Option<&Launch>) -> Result<bool> {
-        Ok(false)
+    fn product(&self, p: &LinearParams, transposed: bool, dtype: DType, _: Option<&Launch>) -> Result<bool> {
+        if !self.library {
+            return Ok(false);
+        }
+        let (layout, t) =
+            (if transposed { "nn" } else { "nt" }, if dtype == DType::F16 { "f16" } else { "bf16" });
+        let name = format!("linear_tile_{layout}_{t}");
+        let kernel = find(&name).expect("a kernel");
+        let grid = (p.rows.div_ceil(128), p.n.div_ceil(128));
+        let launch = Launch { kernel, grid, threads: 256, shared: 3 * (128 + 128) * 64 * 2 };
+        device::start(self, &launch, &LinearParams { splits: 1, ..*p })?;
+        Ok(true)
     }
     fn synchronize(&self) -> Result<()> {
         self.finish_copies();

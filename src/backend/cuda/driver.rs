@@ -18,7 +18,7 @@ use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(polar_kernels)]
@@ -29,6 +29,10 @@ pub(super) static FATBIN: Option<&[u8]> = None;
 /// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
 /// library's first proposal is good and a comparison would hold up a prompt.
 const TIMED_ROWS: u32 = 256;
+
+/// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
+/// may use is leaked, since the driver would wait for it without end.
+const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 
 /// A GPU.
 pub struct Driver {
@@ -49,6 +53,8 @@ pub struct Driver {
     starts_early: bool,
     /// Products are chosen by time.
     timed: bool,
+    /// Work did not end within [`RELEASE_WAIT_NS`].
+    stuck: AtomicBool,
 }
 
 /// Some number of this thread, not 0.
@@ -96,6 +102,7 @@ impl Driver {
             workspace: 0,
             starts_early: false,
             timed: true,
+            stuck: AtomicBool::new(false),
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -204,6 +211,15 @@ impl Driver {
         self.stream
     }
 
+    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
+    fn is_quiet(&self) -> bool {
+        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
+        // An error means that nothing runs any more.
+        let quiet = !matches!(self.finished(wait), Ok(false));
+        self.stuck.store(!quiet, Ordering::Relaxed);
+        quiet
+    }
+
     /// The stream, for hosts that queue their own work beside it.
     pub fn stream(&self) -> u64 {
         self.stream as u64
@@ -212,7 +228,7 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        if self.context.is_null() {
+        if self.context.is_null() || (!self.stream.is_null() && !self.is_quiet()) {
             return;
         }
         if let Ok(_entered) = self.enter() {
@@ -270,9 +286,11 @@ impl Device for Driver {
     }
 
     fn free(&self, at: Ptr) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: `at` came from `alloc`; kernels that use it were started before on the stream,
-            // and the driver waits for them.
+            // and have ended.
             let _ = unsafe { sys::cuMemFree_v2(at.0) };
         }
     }
@@ -307,8 +325,10 @@ impl Device for Driver {
     }
 
     fn free_host(&self, at: NonNull<u8>) {
-        if let Ok(_entered) = self.enter() {
-            // SAFETY: `at` came from `alloc_host`, and no copy uses it by the trait's contract.
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
+            // SAFETY: `at` came from `alloc_host`, and copies that use it have ended.
             let _ = unsafe { sys::cuMemFreeHost(at.as_ptr().cast()) };
         }
     }
@@ -506,7 +526,9 @@ impl Device for Driver {
     }
 
     fn forget(&self, program: u64) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: as in `replay`; it is not used again.
             let _ = unsafe { sys::cuGraphExecDestroy(program as sys::CUgraphExec) };
         }

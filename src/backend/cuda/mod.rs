@@ -183,6 +183,7 @@ impl<D: Device> Backend for Cuda<D> {
         s.tables.send(step, w.spec.num_kv_heads, w.spec.window, tile)?;
         self.device.zero(s.buffers.nan_count, 4)?;
         s.routed = None;
+        s.heads_selected = None;
         s.host_choices.fill(None);
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
@@ -195,9 +196,10 @@ impl<D: Device> Backend for Cuda<D> {
     fn project(
         &self,
         w: &Self::Weights,
+        r: Option<&Self::Routers>,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
-        _: &Step,
+        step: &Step,
         layer: usize,
     ) -> Result<()> {
         self.stage(s, |s| {
@@ -208,7 +210,7 @@ impl<D: Device> Backend for Cuda<D> {
                     s.limits.pages, kv.pages
                 )));
             }
-            self.run_project(w, kv, s, layer)
+            self.run_project(w, r, kv, s, step, layer)
         })
     }
 
