@@ -70,7 +70,7 @@ params! {
     DecodeParams {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, parts: Ptr, counters: Ptr,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, early: u32, scale: f32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, segment_cost: u32, early: u32, scale: f32,
     }
     /// See the header.
     PrefillTile { first_row: u32, tokens: u32, position: u32, context: u32, first_page: u32 }

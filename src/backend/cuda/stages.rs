@@ -367,6 +367,7 @@ impl<D: Device> Cuda<D> {
                 kv_heads,
                 stages: s.kernels.stages,
                 min_pages: 6,
+                segment_cost: SEGMENT_COST,
                 early: 1,
                 scale,
             };
