@@ -117,6 +117,24 @@ impl Device for Faulty {
         self.frees.fetch_add(1, Ordering::Relaxed);
         self.inner.free(at);
     }
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        if self.alloc.due() {
+            return Err(Error::new(Status::E_DEVICE_NOMEM, format!("{bytes} bytes, refused on purpose")));
+        }
+        let at = self.inner.alloc_host(bytes)?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        Ok(at)
+    }
+    fn free_host(&self, at: NonNull<u8>) {
+        self.frees.fetch_add(1, Ordering::Relaxed);
+        self.inner.free_host(at);
+    }
+    fn unmark(&self, mark: u64) {
+        self.inner.unmark(mark);
+    }
+    fn unrecord(&self) {
+        self.inner.unrecord();
+    }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.may_fail("start")?;
         if self.launch.due() {
@@ -142,20 +160,10 @@ impl Device for Faulty {
     fn forget(&self, program: u64) {
         self.inner.forget(program);
     }
-    fn unrecord(&self) {
-        self.inner.unrecord();
-    }
-    fn free_host(&self, at: NonNull<u8>) {
-        self.inner.free_host(at);
-    }
-    fn unmark(&self, mark: u64) {
-        self.inner.unmark(mark);
-    }
     may_fail! {
         fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
         fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
         fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
-        fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
         fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
         fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
         fn mark(&self, old: u64) -> Result<u64>;
