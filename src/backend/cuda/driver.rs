@@ -7,6 +7,7 @@ use super::device::Device;
 use super::launch::{Launch, NAMES};
 use super::library::{Library, WORKSPACE};
 use super::params::{LinearParams, Ptr};
+use super::turns::{Turn, Turns};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
@@ -14,6 +15,7 @@ use std::ffi::{CString, c_int, c_void};
 use std::fmt::Display;
 use std::panic::catch_unwind;
 use std::ptr::null_mut;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -45,6 +47,8 @@ pub struct Driver {
     starts_early: bool,
     /// Work did not end within [`RELEASE_WAIT_NS`].
     stuck: AtomicBool,
+    /// Engines of several threads share the stream.
+    turns: Arc<Turns>,
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -52,8 +56,8 @@ unsafe impl Send for Driver {}
 // SAFETY: as above; the driver serialises work on one stream.
 unsafe impl Sync for Driver {}
 
-/// Makes a context current for a scope.
-struct Entered;
+/// Makes a context current for a scope, and keeps others from recording meanwhile.
+struct Entered(#[allow(dead_code, reason = "held until dropped")] Turn);
 
 impl Drop for Entered {
     fn drop(&mut self) {
@@ -190,6 +194,7 @@ impl Driver {
             workspace: 0,
             starts_early: false,
             stuck: AtomicBool::new(false),
+            turns: Arc::default(),
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -268,9 +273,10 @@ impl Driver {
     }
 
     fn enter(&self) -> Result<Entered> {
+        let turn = self.turns.enter()?;
         // SAFETY: the context is retained for as long as `self` lives.
         check("CUDA context", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
-        Ok(Entered)
+        Ok(Entered(turn))
     }
 
     /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
@@ -455,11 +461,12 @@ impl Device for Driver {
     }
 
     fn finished(&self, timeout_ns: u64) -> Result<bool> {
-        let _entered = self.enter()?;
         let start = Instant::now();
         loop {
+            let entered = self.enter()?;
             // SAFETY: the stream is this object's own.
             let result = unsafe { sys::cuStreamQuery(self.stream) };
+            drop(entered);
             if result != CUresult::CUDA_ERROR_NOT_READY {
                 check("device work", result)?;
                 return Ok(true);
@@ -472,10 +479,13 @@ impl Device for Driver {
     }
 
     fn record(&self) -> Result<bool> {
-        let _entered = self.enter()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is this object's own.
-        check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) })?;
+        self.turns.record()?;
+        let begun = self.enter().and_then(|_entered| {
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            // SAFETY: the stream is this object's own.
+            check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) })
+        });
+        begun.inspect_err(|_| self.turns.end())?;
         Ok(true)
     }
 
@@ -484,7 +494,10 @@ impl Device for Driver {
         let (mut graph, mut exec) = (null_mut(), null_mut());
         // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated.
         unsafe {
-            check("graph capture", sys::cuStreamEndCapture(self.stream, &mut graph))?;
+            let ended = sys::cuStreamEndCapture(self.stream, &mut graph);
+            // Over, well or not.
+            self.turns.end();
+            check("graph capture", ended)?;
             let made = check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
             let _ = sys::cuGraphDestroy(graph);
             made?;

@@ -20,6 +20,8 @@ mod scratch;
 mod shape;
 mod stages;
 mod tables;
+#[cfg(feature = "cuda")]
+mod turns;
 mod weights;
 
 pub use scratch::CudaScratch;
