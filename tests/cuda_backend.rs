@@ -243,6 +243,49 @@ fn sparse_attention_follows_the_cpu() {
     sparse("opt_f32", 0.5, [MlpMode::Dense; 3], Source::Router);
 }
 
+/// The router's sums come from a product of their own where the projection is the library's or takes
+/// more rows than the skinny products; either way the decoding rows keep the same heads.
+#[test]
+fn sparse_attention_beside_prompts_of_any_length() {
+    for (name, library) in [("llama31_f32", false), ("llama31_f32", true), ("qwen2_f32", true)] {
+        let g = Golden::open(name);
+        let file = g.routers();
+        let options = Options { source: Source::Router, ..Options::default() };
+        let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+        let make = |library| {
+            let mut device = host_device::Host::new();
+            device.library = library;
+            Rig::on(Cuda::new(Arc::new(AnyDevice(Box::new(device))), true), &g.model, &setup)
+        };
+        let (mut alone, mut beside) = (make(false), make(library));
+        for p in 0..3 {
+            let mut tokens = g.tokens(p, "tokens");
+            let n = tokens.len();
+            tokens.extend(g.tokens(p, "forced"));
+            let setting = SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Dense };
+            alone.add(&tokens, setting);
+            beside.add(&tokens, setting);
+            if p < 2 {
+                alone.run(&[(p, n, false)]);
+                beside.run(&[(p, n, false)]);
+            }
+        }
+        // 3, 42 and 47 rows; then 90 of a prompt that starts again.
+        let mut again = g.tokens(2, "tokens");
+        again.extend(g.tokens(2, "forced"));
+        let id = beside.add(&again, DENSE);
+        for (p, chunk) in [(2, 1), (2, 40), (2, 45), (id, 90)] {
+            let a = alone.run(&[(0, 1, true), (1, 1, true)]);
+            let b = beside.run(&[(0, 1, true), (1, 1, true), (p, chunk, false)]);
+            assert_eq!(alone.report.counts[..2], beside.report.counts[..2]);
+            for i in 0..2 {
+                let d = distance(&b[i], &a[i]);
+                assert!(d <= 1e-2, "{name}, library {library}, {chunk} rows beside: {d:.2e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn random_attention_follows_the_cpu() {
     sparse("llama31_f32", 0.5, [MlpMode::Dense; 3], Source::Random { seed: 5 });

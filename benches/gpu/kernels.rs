@@ -97,9 +97,9 @@ fn attention_case(
         [&first, &lengths, &prefix, &vec![keep; batch as usize]].map(|v| gpu.words(v));
     let skip = gpu.words(&vec![0; batch as usize]);
     let selected = gpu.words(&packed);
-    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 2) * 4);
+    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    for min_pages in if batch == 1 { vec![4, 8, 16] } else { vec![6] } {
+    for min_pages in if batch <= 8 { vec![6, 4, 12, 24] } else { vec![6] } {
         let params = |i: u64| DecodeParams {
             q: q.at,
             kv: pool.at.offset(i * layer_bytes),
@@ -118,6 +118,7 @@ fn attention_case(
             kv_heads,
             stages: k.stages,
             min_pages,
+            early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
@@ -182,6 +183,7 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             n,
             k,
             splits,
+            ..LinearParams::default()
         };
         if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
             gpu.start(&launch, &params);
@@ -303,8 +305,27 @@ pub(crate) fn small(gpu: &Gpu) {
             head_dim: hd,
             ..QkvParams::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads), &qkv));
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, 0), &qkv));
         gpu.report("qkv", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        let (keep, selected, nan) =
+            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
+        let attention = gpu.room(2 * u64::from(rows * heads * hd));
+        let select = SelectParams {
+            logits: Partial { data: sums.at, splits, columns },
+            keep: keep.at,
+            selected: selected.at,
+            attention: attention.at,
+            nan_count: nan.at,
+            rows,
+            sequences: rows,
+            units: kv_heads,
+            per_unit: 1,
+            unit_width: hd * heads / kv_heads,
+            ..SelectParams::default()
+        };
+        let both = QkvParams { select, ..qkv };
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, kv_heads), &both));
+        gpu.report("qkv+select", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let act = ActivateParams {
             input: Partial { data: sums.at, splits: k.linear(rows, 2 * ffn, d).1, columns: 2 * ffn },
             out: out.at,
@@ -322,20 +343,7 @@ pub(crate) fn small(gpu: &Gpu) {
             us,
             0.0,
         );
-        let (keep, selected, nan) =
-            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
-        let select = SelectParams {
-            logits: Partial { data: sums.at, splits: k.linear(rows, kv_heads, d).1, columns: kv_heads },
-            keep: keep.at,
-            selected: selected.at,
-            attention: out.at,
-            nan_count: nan.at,
-            rows,
-            units: kv_heads,
-            unit_width: hd * heads / kv_heads,
-            ..SelectParams::default()
-        };
-        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows), &select));
+        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows, kv_heads), &select));
         gpu.report("select_heads", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, 0.0);
         product(gpu, "linear", "attention router", rows, kv_heads, d, None);
     }

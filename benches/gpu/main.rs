@@ -9,6 +9,7 @@
 #![allow(unreachable_pub, reason = "shares a module with a program whose items are public")]
 
 mod kernels;
+mod layer;
 mod models;
 #[path = "../support/shapes.rs"]
 mod shapes;
@@ -24,6 +25,7 @@ type Part = (&'static str, fn(&Gpu));
 /// Parts of the run, in order.
 const PARTS: &[Part] = &[
     ("attention", kernels::attention),
+    ("layer", layer::layer),
     ("products", kernels::products),
     ("mlp", kernels::selective_mlp),
     ("small", kernels::small),

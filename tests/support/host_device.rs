@@ -1,8 +1,8 @@
 //! A device that runs the kernels on the CPU: `cuda/host` compiled with g++, loaded once.
 //! Memory is host memory, filled with NaN bytes and surrounded by them.
 
-use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::{Launch, NAMES};
+use polar_sparsity::backend::cuda::device::{self, Device};
+use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::{Error, Result, Status};
@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 #[allow(clippy::duplicate_mod, reason = "some test programs have it once more, in support")]
 #[path = "root.rs"]
@@ -18,10 +18,12 @@ mod root;
 pub use root::root;
 
 type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
+type LateFn = unsafe extern "C" fn(*const c_void, u64);
 type SizesFn = unsafe extern "C" fn(*mut u32) -> c_int;
 
 struct Library {
     launch: LaunchFn,
+    late: LateFn,
     sizes: SizesFn,
 }
 
@@ -41,7 +43,7 @@ fn library() -> &'static Library {
             .expect("g++ is needed to run the kernels on the CPU");
         assert!(done.success(), "g++ could not compile cuda/host");
         let path = CString::new(out.to_str().unwrap()).unwrap();
-        // SAFETY: a library just built from this repository; its two functions have these types.
+        // SAFETY: a library just built from this repository; its functions have these types.
         let library = unsafe {
             let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
             assert!(!handle.is_null(), "cannot load {}", out.display());
@@ -52,6 +54,7 @@ fn library() -> &'static Library {
             };
             Library {
                 launch: std::mem::transmute::<*mut c_void, LaunchFn>(symbol(c"polar_host_launch")),
+                late: std::mem::transmute::<*mut c_void, LateFn>(symbol(c"polar_host_late")),
                 sizes: std::mem::transmute::<*mut c_void, SizesFn>(symbol(c"polar_host_sizes")),
             }
         };
@@ -81,7 +84,13 @@ pub struct Host {
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
+    /// Memory that the kernels before each launch are still writing: address and bytes.
+    pub late: Late,
+    /// Whether `product` does what a vendor's library would.
+    pub library: bool,
 }
+
+pub type Late = Arc<Mutex<Vec<(Ptr, u64)>>>;
 
 impl Host {
     pub fn new() -> Host {
@@ -91,6 +100,8 @@ impl Host {
             programs: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
+            late: Late::default(),
+            library: false,
         }
     }
 
@@ -108,7 +119,10 @@ impl Host {
         // SAFETY: the parameters point into memory of this device, as the kernel expects; a kernel
         // that reads outside it is what the tests look for.
         let status = unsafe {
-            (library().launch)(
+            for (at, bytes) in &*self.late.lock().unwrap() {
+                (library().late)(at.0 as *const c_void, *bytes);
+            }
+            let status = (library().launch)(
                 name.as_ptr(),
                 launch.grid.0,
                 launch.grid.1,
@@ -116,11 +130,16 @@ impl Host {
                 launch.shared,
                 self.seed.load(Ordering::Relaxed),
                 aligned.as_ptr().cast(),
-            )
+            );
+            (library().late)(std::ptr::null(), 0);
+            status
         };
         match status {
             0 => Ok(()),
             1 => Err(Error::unsupported(format!("no kernel {name:?}"))),
+            3 => {
+                Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
+            }
             _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
         }
     }
@@ -173,8 +192,18 @@ impl Device for Host {
         }
         self.run(launch, params)
     }
-    fn product(&self, _: &LinearParams, _: bool, _: DType) -> Result<bool> {
-        Ok(false)
+    fn product(&self, p: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
+        if !self.library {
+            return Ok(false);
+        }
+        let (layout, t) =
+            (if transposed { "nn" } else { "nt" }, if dtype == DType::F16 { "f16" } else { "bf16" });
+        let name = format!("linear_tile_{layout}_{t}");
+        let kernel = find(&name).expect("a kernel");
+        let grid = (p.rows.div_ceil(128), p.n.div_ceil(128));
+        let launch = Launch { kernel, grid, threads: 256, shared: 3 * (128 + 128) * 64 * 2 };
+        device::start(self, &launch, &LinearParams { splits: 1, ..*p })?;
+        Ok(true)
     }
     fn synchronize(&self) -> Result<()> {
         Ok(())

@@ -177,6 +177,7 @@ impl<D: Device> Backend for Cuda<D> {
         s.tables.upload(&*self.device, step)?;
         self.device.zero(s.buffers.nan_count, 4)?;
         s.routed = None;
+        s.heads_selected = None;
         s.host_choices.fill(None);
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
@@ -189,6 +190,7 @@ impl<D: Device> Backend for Cuda<D> {
     fn project(
         &self,
         w: &Self::Weights,
+        r: Option<&Self::Routers>,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
         step: &Step,
@@ -198,7 +200,7 @@ impl<D: Device> Backend for Cuda<D> {
         if layer == 0 && step.pages.iter().any(|&p| p as usize >= kv.pages) {
             return Err(Error::invalid("step: a page is not in the cache"));
         }
-        self.run_project(w, kv, s, step, layer)
+        self.run_project(w, r, kv, s, step, layer)
     }
 
     fn route(

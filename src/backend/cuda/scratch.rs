@@ -98,8 +98,8 @@ pub struct CudaScratch<D: Device> {
     pub(super) kv_bytes: (u64, u64),
     /// Layer whose router sums are in `scores`.
     pub(super) routed: Option<(usize, Partial)>,
-    /// Bias of that router.
-    pub(super) router_bias: Ptr,
+    /// Layer whose heads were selected together with its projection.
+    pub(super) heads_selected: Option<usize>,
     /// By entry of `Step::logit_rows`: what the host sampled.
     pub(super) host_choices: Vec<Option<HostChoice>>,
     pub(super) host_logits: Vec<f32>,
@@ -153,7 +153,7 @@ impl<D: Device> CudaScratch<D> {
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
             routed: None,
-            router_bias: Ptr::NULL,
+            heads_selected: None,
             host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
             host_logits: try_vec(s.vocab, 0.0, "logits")?,
             sampler: sample::Scratch::new(s.vocab)?,
@@ -197,10 +197,11 @@ fn places<D: Device>(
         down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
     let mut scores = batch * s.kv_heads;
-    let mut rank = 0;
+    let (mut rank, mut qkv) = (0, forward(s.qkv(), d));
     for l in r.map_or(&[][..], |r| &r.layers) {
         if l.attn_rows > 0 {
-            scores = scores.max(forward(l.attn_rows, d));
+            let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
+            qkv = qkv.max(apart).max(forward(s.qkv() + l.attn_room(), d));
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
@@ -221,7 +222,7 @@ fn places<D: Device>(
         attention: p.take(rows * s.q(), 2),
         y: p.take(rows * s.neurons, 2),
         z: p.take(rows * rank, 2),
-        sums: p.take(forward(s.qkv(), d).max(first), 4),
+        sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(scores, 4),
         last: p.take(batch * d, 2),
@@ -236,7 +237,7 @@ fn places<D: Device>(
         selected: p.take(batch * s.kv_heads, 2),
         index: p.take(if has_mlp { s.neurons } else { 0 }, 4),
         masks: p.take(if has_mlp { (batch + 1) * words } else { 0 }, 4),
-        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 2), 4),
+        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
         tables: p.take(tables.bytes() as usize, 1),

@@ -6,7 +6,7 @@ use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
 use super::tables::Groups;
-use super::weights::{CudaRouters, CudaWeights, Pair};
+use super::weights::{CudaRouters, CudaWeights, LayerRouters, Pair};
 use super::{Cuda, CudaKv};
 use crate::backend::{Live, Step};
 use crate::error::{Error, Result, try_vec};
@@ -40,7 +40,7 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear(rows, n, k);
-        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() };
         if self.by_library(s, &params, false)? {
             params.splits = 1;
         } else {
@@ -59,7 +59,7 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear_transposed(rows, n, k);
-        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() };
         if self.by_library(s, &params, true)? {
             params.splits = 1;
         } else {
@@ -120,6 +120,7 @@ impl<D: Device> Cuda<D> {
     pub(super) fn run_project(
         &self,
         w: &CudaWeights<D>,
+        r: Option<&CudaRouters<D>>,
         kv: &CudaKv<D>,
         s: &mut CudaScratch<D>,
         step: &Step,
@@ -128,9 +129,19 @@ impl<D: Device> Cuda<D> {
         let (l, rows) = (&w.layers[layer], step.tokens.len() as u32);
         let b = s.buffers;
         self.norm(w, s, step, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        let router = r.and_then(|r| r.layers.get(layer)).filter(|l| {
+            let sparse = step.n_decode() > 0 && step.plan.attn_sparse(layer);
+            l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
+        });
+        let (qkv, logits) = self.project_qkv(s, l.qkv.weight, router, rows, step.n_decode() as u32)?;
+        let select = match router.zip(logits) {
+            Some((router, logits)) => {
+                s.heads_selected = Some(layer);
+                self.selection(s, step, layer, logits, (router.attn.bias, router.attn_rows as u32))
+            }
+            None => SelectParams::default(),
+        };
         let shape = &s.shape;
-        let size = (rows, shape.qkv() as u32, shape.hidden as u32);
-        let qkv = self.product(s, (b.h, l.qkv.weight, Ptr::NULL), size, b.sums)?;
         let params = QkvParams {
             qkv,
             bias: l.qkv.bias,
@@ -147,8 +158,70 @@ impl<D: Device> Cuda<D> {
             head_dim: shape.hd as u32,
             norm_dim: shape.head_dim as u32,
             epsilon: w.spec.norm_eps,
+            select,
         };
-        self.go(s, &s.kernels.qkv(rows, (shape.heads + 2 * shape.kv_heads) as u32), &params)
+        let heads = (shape.heads + 2 * shape.kv_heads) as u32;
+        self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit), &params)
+    }
+
+    /// Sums of q, k and v, and of the router if there is one with the rows they are for: in one product
+    /// where that is ours, since the router's few columns hardly show there.
+    fn project_qkv(
+        &self,
+        s: &CudaScratch<D>,
+        w: Ptr,
+        router: Option<&LayerRouters>,
+        rows: u32,
+        sequences: u32,
+    ) -> Result<(Partial, Option<(Partial, u32)>)> {
+        let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
+        let Some(router) = router else {
+            return Ok((self.product(s, (b.h, w, Ptr::NULL), (rows, first, k), b.sums)?, None));
+        };
+        let n = first + router.attn_room() as u32;
+        let (launch, splits) = s.kernels.linear(rows, n, k);
+        let alone =
+            LinearParams { x: b.h, w, out: b.sums, rows, n: first, k, splits: 1, ..Default::default() };
+        let taken = self.by_library(s, &alone, false)?;
+        if !taken && rows <= SKINNY_ROWS {
+            self.go(s, &launch, &LinearParams { n, splits, more: router.attn.weight, first, ..alone })?;
+            let qkv = Partial { data: b.sums, splits, columns: n };
+            return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
+        }
+        let qkv = if taken {
+            Partial { data: b.sums, splits: 1, columns: first }
+        } else {
+            self.product(s, (b.h, w, Ptr::NULL), (rows, first, k), b.sums)?
+        };
+        let (size, behind) = ((sequences, router.attn_rows as u32, k), qkv.splits * rows * first);
+        let out = b.sums.offset(4 * u64::from(behind));
+        let logits = self.product(s, (b.h, router.attn.weight, Ptr::NULL), size, out)?;
+        Ok((qkv, Some((logits, sequences))))
+    }
+
+    /// What to select the heads of a layer by.
+    fn selection(
+        &self,
+        s: &CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+        (logits, rows): (Partial, u32),
+        (bias, columns): (Ptr, u32),
+    ) -> SelectParams {
+        let (units, b) = (s.shape.kv_heads as u32, s.buffers);
+        SelectParams {
+            logits,
+            bias,
+            keep: s.tables.plan(s.tables.layer_plan[layer]).0,
+            selected: b.selected,
+            attention: b.attention,
+            nan_count: b.nan_count,
+            rows,
+            sequences: step.n_decode() as u32,
+            units,
+            per_unit: columns / units,
+            unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
+        }
     }
 
     pub(super) fn run_route(
@@ -164,12 +237,8 @@ impl<D: Device> Cuda<D> {
         let (rows, d, b) = (step.n_decode() as u32, s.shape.hidden as u32, s.buffers);
         let scores = match site {
             Site::Attn => {
-                if l.attn_rows == 0 {
-                    return Err(missing());
-                }
-                let size = (rows, l.attn_rows as u32, d);
-                s.router_bias = l.attn.bias;
-                self.product(s, (b.h, l.attn.weight, Ptr::NULL), size, b.scores)?
+                // Its rows went with the projection.
+                return if s.heads_selected == Some(layer) { Ok(()) } else { Err(missing()) };
             }
             Site::Mlp => {
                 if l.rank == 0 {
@@ -205,28 +274,19 @@ impl<D: Device> Cuda<D> {
         let routed = s.routed.take().filter(|r| r.0 == layer).map(|r| r.1);
         let (rows, b) = (step.n_decode() as u32, s.buffers);
         match site {
+            Site::Attn if s.heads_selected == Some(layer) => Ok(()),
             Site::Attn => {
                 let units = s.shape.kv_heads as u32;
-                let (logits, bias) = match step.plan.source {
-                    Source::Router => (routed.ok_or_else(unrouted)?, s.router_bias),
+                let (logits, router) = match step.plan.source {
+                    Source::Router => return Err(unrouted()),
                     Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
                     Source::Random { seed } => {
                         self.random_scores(s, step, layer, seed)?;
-                        (Partial { data: b.scores, splits: 1, columns: units }, Ptr::NULL)
+                        (Partial { data: b.scores, splits: 1, columns: units }, (Ptr::NULL, units))
                     }
                 };
-                let params = SelectParams {
-                    logits,
-                    bias,
-                    keep: s.tables.plan(s.tables.layer_plan[layer]).0,
-                    selected: b.selected,
-                    attention: b.attention,
-                    nan_count: b.nan_count,
-                    rows,
-                    units,
-                    unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
-                };
-                self.go(s, &s.kernels.select_heads(rows), &params)
+                let params = self.selection(s, step, layer, (logits, rows), router);
+                self.go(s, &s.kernels.select_heads(rows, units), &params)
             }
             Site::Mlp => {
                 let logits = routed.ok_or_else(unrouted)?;
@@ -302,6 +362,7 @@ impl<D: Device> Cuda<D> {
                 kv_heads,
                 stages: s.kernels.stages,
                 min_pages: 6,
+                early: 1,
                 scale,
             };
             self.go(s, &s.kernels.decode(), &params)?;
@@ -398,6 +459,7 @@ impl<D: Device> Cuda<D> {
                 n: vocab,
                 k: d,
                 splits: 1,
+                ..Default::default()
             };
             if !self.by_library(s, &params, false)? {
                 self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
