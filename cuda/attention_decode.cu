@@ -6,7 +6,7 @@
 // one bulk copy (8 KiB at head_dim 128); q, out and the merge buffers stay in the L2.
 //
 // Schedule (stream-K): the work is a line of virtual pages. Sequence b owns keep[b] pieces of
-// pages(b) + SEGMENT_COST virtual pages each, starting at prefix[b]; each block (worker) owns an equal
+// pages(b) + segment_cost virtual pages each, starting at prefix[b]; each block (worker) owns an equal
 // interval of the line, so ragged lengths and few sequences still load every multiprocessor. The line
 // depends on lengths and counts only, never on which heads won: one plan serves all layers.
 // The four warps of a block take the pages of a piece in turn, each with its own ring of loads, which
@@ -17,7 +17,6 @@
 namespace decode {
 
 constexpr int WARPS = 4;
-constexpr uint32_t COST = SEGMENT_COST;
 // A run of pages [first, end) of slot `slot` (0 .. keep[b] - 1) of sequence `b`, `length` pages long.
 struct Segment { uint32_t b, slot, first, end, length; };
 
@@ -41,13 +40,13 @@ struct Walk {
             while (stop <= at) enter(p, b + 1);
             s.b = b;
             s.length = (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
-            uint32_t piece = s.length + COST, offset = at - start;
+            const uint32_t cost = p.segment_cost, piece = s.length + cost, offset = at - start;
             s.slot = offset / piece;
             uint32_t from = offset - s.slot * piece;
             uint32_t to = from + (end - at) < piece ? from + (end - at) : piece;
             at += to - from;
-            s.first = from > COST ? from - COST : 0;
-            s.end = to > COST ? to - COST : 0;
+            s.first = from > cost ? from - cost : 0;
+            s.end = to > cost ? to - cost : 0;
             if (s.end > s.first) return true;
         }
         return false;
@@ -155,16 +154,23 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     wait_for_previous();
     while (loads.issued < p.stages && loads.more) loads.template issue<HD>(p, ring, barriers);
 
-    uint32_t stage = 0, parity = 0;
+    uint32_t stage = 0, parity = 0, first_row;
     Segment segment;
-    while (walk.next(p, segment)) {
-        const uint32_t head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
-        const T* q = (const T*)p.q + ((uint64_t)segment.b * p.heads + head * group) * HD;
-        typename Math::Query query;
+    typename Math::Query query;
+    // The next segment, and the rows of q and out that are its.
+    auto open = [&] {
+        if (!walk.next(p, segment)) return false;
+        const uint32_t slot = segment.b * p.kv_heads + segment.slot;
+        first_row = segment.b * p.heads + (p.selected ? p.selected[slot] : segment.slot) * group;
+        const T* q = (const T*)p.q + (uint64_t)first_row * HD;
         Math::load_query(query, (uint32_t)g < group ? q + g * HD : nullptr,
                          (uint32_t)g + 8 < group ? q + (g + 8) * HD : nullptr);
+        return true;
+    };
+    bool more = open();
+    while (more) {
         const uint32_t tokens = walk.tokens, skip = walk.skip;
-        const uint32_t opening = walk.start + segment.slot * (segment.length + COST) + COST;
+        const uint32_t opening = walk.start + segment.slot * (segment.length + p.segment_cost) + p.segment_cost;
         const uint32_t first_worker = worker_of(line, workers, opening);
         const uint32_t others = worker_of(line, workers, opening + segment.length - 1) - first_worker;
 
@@ -229,8 +235,10 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
                 UNROLL for (int i = 8 * Math::SETS; i < Math::TILES; i++) to[Math::dimension(i, c)] = o[i][2 * r + c];
             }
         }
+        T* out = (T*)p.out + (uint64_t)first_row * HD;
+        uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
+        more = open();  // the next query is on its way while this segment is merged
         sync_block();
-        T* out = (T*)p.out + ((uint64_t)segment.b * p.heads + head * group) * HD;
         const uint32_t values = group * HD, stride = group * (HD + 4);
         // A part is slot 1 of the worker that opens the piece, slot 0 of the others.
         auto part_of = [&](uint32_t j) { return p.parts + (uint64_t)(2 * (first_worker + j) + (j == 0)) * stride; };
@@ -255,7 +263,6 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         }
         sync_block();
         if (others == 0) continue;
-        uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
         if (thread_index() == 0) {
             fence_device();
             *flag = atomic_add(counter, 1);

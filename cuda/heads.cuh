@@ -29,7 +29,7 @@ template <class T> DEVICE void select(const SelectParams& p, uint32_t b) {
             key = k > key ? k : key;
         }
         best[unit] = key;
-        if (key == 0 && keep < units) atomic_add(p.nan_count, 1);
+        if (key == 0 && keep && keep < units) atomic_add(p.nan_count, 1);
     }
     sync_block();
     bool stays = false;

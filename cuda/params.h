@@ -7,8 +7,6 @@
 #define PAGE_TOKENS 16
 // A page that no row is written to; a selection rule that applies to no sequence.
 #define NONE 0xffffffffu
-// Virtual pages that opening a segment of a sequence costs (see attention_decode.cu).
-#define SEGMENT_COST 2
 
 // Sum of `splits` fp32 matrices [rows][columns], one after another: what the products leave.
 struct Partial {
@@ -61,7 +59,7 @@ struct LinearParams {
 struct SelectParams {
     Partial logits;        // columns 0 .. units * per_unit of it
     const void* bias;      // T [units * per_unit], null: none
-    const uint32_t* keep;  // [sequences] units to keep
+    const uint32_t* keep;  // [sequences] units to keep; 0: padding
     uint16_t* selected;    // [sequences][units], the first keep[b] ascending
     void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
     uint32_t* nan_count;
@@ -102,7 +100,7 @@ struct DecodeParams {
     const uint32_t* skip;       // [sequences] leading tokens of that page outside the window
     const uint16_t* selected;   // [sequences][kv_heads], null: all
     const uint32_t* keep;       // [sequences] kv heads to compute
-    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + SEGMENT_COST)
+    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + segment_cost)
     void* out;                  // T [sequences][heads][head_dim]
     float* parts;               // [workers][2][group][head_dim + 4]
     uint32_t* counters;         // [sequences][kv_heads], zero between launches
@@ -111,6 +109,7 @@ struct DecodeParams {
     uint32_t kv_heads;
     uint32_t stages;            // loads under way per warp
     uint32_t min_pages;         // fewest virtual pages per worker
+    uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
     uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
     float scale;                // of q k, times log2(e)
 };
@@ -156,6 +155,7 @@ struct NeuronParams {
     Partial logits;         // columns at least n
     float* scores;          // [groups of this launch][n]
     const uint32_t* group;  // [rows]
+    const uint32_t* last_group;  // groups after *last_group have no rows; null: all have
     uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
     uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
     uint32_t* nan_count;

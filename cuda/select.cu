@@ -11,6 +11,7 @@ DEVICE void scores(const NeuronParams& p) {
     float* quarters = (float*)shared;  // [4][64]
     const uint32_t place = thread_index() % 64, quarter = thread_index() / 64;
     const uint32_t j = block_x() * 64 + place, group = p.first_group + block_y();
+    if (p.last_group && group > *p.last_group) return;
     float score = 0;
     if (j < p.n) {
         UNROLL_BY(4) for (uint32_t r = quarter; r < p.rows; r += 4) {
@@ -39,7 +40,7 @@ DEVICE void neurons(const NeuronParams& p) {
     uint32_t* found = equals + words;            // [2] threshold prefix, still wanted
     const uint32_t group = p.first_group + block_x(), thread = thread_index(), threads = block_threads();
     const uint32_t keep = group == 0 ? p.keep0 : p.keep_other;
-    if (keep == NONE) return;
+    if (keep == NONE || (p.last_group && group > *p.last_group)) return;
 
     uint32_t nans = 0;
     const float* scores = p.scores + (uint64_t)block_x() * p.n;

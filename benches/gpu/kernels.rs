@@ -76,10 +76,9 @@ fn attention_case(
     let copies = gpu.copies(needed as u64).min((40u64 << 30) / layer_bytes).max(1);
     let pool = gpu.random(layer_bytes / 2 * copies, 1.0);
     let table = gpu.words(&rng.shuffled(pages));
-    let (mut first, mut prefix) = (vec![0], vec![0]);
+    let mut first = vec![0];
     for l in &lengths {
         first.push(first.last().unwrap() + l.div_ceil(16));
-        prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
     }
     let mut selected: Vec<u16> = vec![];
     for _ in 0..batch {
@@ -93,13 +92,22 @@ fn attention_case(
     let launch = k.decode();
     let (q, out) =
         (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
-    let [first, lengths_d, prefix, keep_d] =
-        [&first, &lengths, &prefix, &vec![keep; batch as usize]].map(|v| gpu.words(v));
+    let [first, lengths_d, keep_d] = [&first, &lengths, &vec![keep; batch as usize]].map(|v| gpu.words(v));
     let skip = gpu.words(&vec![0; batch as usize]);
     let selected = gpu.words(&packed);
     let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    for min_pages in if batch <= 8 { vec![6, 4, 12, 24] } else { vec![6] } {
+    let settings = match (batch <= 8, ragged) {
+        (true, _) => vec![(6, 2), (4, 2), (12, 2), (24, 2), (6, 4)],
+        (_, true) => vec![(6, 2), (6, 0), (6, 1), (6, 3), (6, 5), (6, 8)],
+        _ => vec![(6, 2), (6, 4)],
+    };
+    for (min_pages, segment_cost) in settings {
+        let mut prefix = vec![0];
+        for l in &lengths {
+            prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + segment_cost));
+        }
+        let prefix = gpu.words(&prefix);
         let params = |i: u64| DecodeParams {
             q: q.at,
             kv: pool.at.offset(i * layer_bytes),
@@ -118,6 +126,7 @@ fn attention_case(
             kv_heads,
             stages: k.stages,
             min_pages,
+            segment_cost,
             early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };
@@ -125,9 +134,9 @@ fn attention_case(
         let kind = if ragged { "ragged" } else { "equal" };
         gpu.report(
             "attention_decode",
-            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages}"),
+            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages} cost {segment_cost}"),
             &format!(
-                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"stages":{}"#,
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"segment_cost":{segment_cost},"stages":{}"#,
                 k.stages
             ),
             us,
@@ -185,7 +194,7 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             splits,
             ..LinearParams::default()
         };
-        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T, None).unwrap() {
             gpu.start(&launch, &params);
         }
     });
@@ -228,6 +237,7 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             scores: scores.at,
             logits: Partial { data: logits.at, splits, columns: n },
             group: group.at,
+            last_group: Ptr::NULL,
             index: index.at,
             masks: masks.at,
             nan_count: nan.at,

@@ -145,6 +145,7 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
             kv_heads: KV_HEADS,
             stages: k.stages,
             min_pages: 6,
+            segment_cost: SEGMENT_COST,
             early,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };

@@ -157,6 +157,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         kv_heads: c.kv_heads as u32,
         stages: k.stages.min(3),
         min_pages: c.min_pages,
+        segment_cost: SEGMENT_COST,
         early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),
     };

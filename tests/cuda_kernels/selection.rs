@@ -163,13 +163,15 @@ fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u
     let words = n.div_ceil(32);
     let wanted = if keep0 == NONE { 0 } else { keep0 as usize };
     let index = bench.room(4 * wanted.next_multiple_of(8).max(8));
-    let masks = bench.room(4 * 3 * words);
+    // A group more than there are: its blocks must write nothing.
+    let masks = bench.room(4 * 4 * words);
     let nan_count = bench.words(&[0]);
-    let scores = bench.room(4 * 3 * n);
+    let scores = bench.room(4 * 4 * n);
     let params = NeuronParams {
         logits: Partial { data: bench.floats(&halves), splits, columns: n as u32 },
         scores,
         group: bench.words(&group),
+        last_group: bench.words(&[2]),
         index,
         masks,
         nan_count,
@@ -179,9 +181,11 @@ fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u
         keep_other,
         first_group: 0,
     };
-    bench.start(&kernels().neuron_scores(3, n as u32), &params);
-    bench.start(&kernels().select_neurons(3, n as u32), &params);
-    let got = bench.read_words(masks, 3 * words);
+    bench.start(&kernels().neuron_scores(4, n as u32), &params);
+    bench.start(&kernels().select_neurons(4, n as u32), &params);
+    let got = bench.read_words(masks, 4 * words);
+    assert!(got[3 * words..].iter().all(|&w| w == NONE));
+    assert!(bench.read_words(scores, 4 * n)[3 * n..].iter().all(|&w| w == NONE));
     for g in 0..3u32 {
         let keep = if g == 0 { keep0 } else { keep_other };
         if keep == NONE {

@@ -6,6 +6,7 @@ use polar_sparsity::backend::cuda::launch::Launch;
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::{Error, Result, Status};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const NEVER: u64 = u64::MAX;
@@ -133,11 +134,24 @@ impl Device for Faulty {
     fn forget(&self, program: u64) {
         self.inner.forget(program);
     }
+    fn unrecord(&self) {
+        self.inner.unrecord();
+    }
+    fn free_host(&self, at: NonNull<u8>) {
+        self.inner.free_host(at);
+    }
+    fn unmark(&self, mark: u64) {
+        self.inner.unmark(mark);
+    }
     may_fail! {
         fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
         fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
         fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
-        fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+        fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
+        fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
+        fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+        fn mark(&self, old: u64) -> Result<u64>;
+        fn reached(&self, mark: u64) -> Result<()>;
         fn synchronize(&self) -> Result<()>;
         fn finished(&self, timeout_ns: u64) -> Result<bool>;
         fn record(&self) -> Result<bool>;

@@ -70,7 +70,7 @@ params! {
     DecodeParams {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, parts: Ptr, counters: Ptr,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, early: u32, scale: f32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, segment_cost: u32, early: u32, scale: f32,
     }
     /// See the header.
     PrefillTile { first_row: u32, tokens: u32, position: u32, context: u32, first_page: u32 }
@@ -85,7 +85,7 @@ params! {
     }
     /// See the header.
     NeuronParams {
-        logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
     }
     /// See the header.

@@ -1,8 +1,9 @@
 //! Activations, sums, selections and tables of an engine on the device, sized once.
 
+use super::buckets::buckets;
 use super::device::Device;
 use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
-use super::memory::{Memory, Places};
+use super::memory::{HostWords, Memory, Places};
 use super::params::{Partial, Ptr};
 use super::shape::Shape;
 use super::tables::Tables;
@@ -86,12 +87,12 @@ pub struct CudaScratch<D: Device> {
     _memory: Memory<D>,
     pub(super) limits: Limits,
     pub(super) buffers: Buffers,
-    pub(super) tables: Tables,
+    pub(super) tables: Tables<D>,
     pub(super) kernels: Kernels,
     pub(super) shape: Shape,
     pub(super) pending: Pending,
     pub(super) mode: Mode,
-    /// Recorded steps by key, oldest first; and the keys seen once.
+    /// Recorded steps by key, the one used last at the end; and keys seen once, oldest first.
     pub(super) programs: Vec<(u64, u64)>,
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
@@ -103,15 +104,16 @@ pub struct CudaScratch<D: Device> {
     /// By entry of `Step::logit_rows`: what the host sampled.
     pub(super) host_choices: Vec<Option<HostChoice>>,
     pub(super) host_logits: Vec<f32>,
+    /// What the device answers: from `token` to `nan_count`.
+    pub(super) results: HostWords<D>,
     pub(super) sampler: sample::Scratch,
 }
 
-/// The largest sum a product of this shape leaves, in floats, over every row count that can occur.
-fn sums(rows: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
-    let rows = rows as u32;
-    let tiled = (SKINNY_ROWS + 1..=rows).step_by(64).chain([rows]);
-    let counts = (1..=rows.min(SKINNY_ROWS)).chain(tiled);
-    counts.map(|r| of(r) as usize * r as usize * n).max().unwrap_or(0)
+/// The largest sum a product of this shape leaves, in floats, over every row count that can occur:
+/// `rows` and `batch` are the most of a step, and each buckets of their own.
+fn sums(rows: usize, batch: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
+    let counts = buckets(rows).chain(buckets(batch));
+    counts.map(|r| of(r as u32) as usize * r * n).max().unwrap_or(0)
 }
 
 impl<D: Device> CudaScratch<D> {
@@ -126,7 +128,7 @@ impl<D: Device> CudaScratch<D> {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
         let group = s.heads / s.kv_heads;
-        let mut tables = Tables::new(limits, s.layers, group)?;
+        let mut tables = Tables::new(device, limits, s.layers, group)?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
@@ -156,16 +158,21 @@ impl<D: Device> CudaScratch<D> {
             heads_selected: None,
             host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
             host_logits: try_vec(s.vocab, 0.0, "logits")?,
+            results: HostWords::zeroed(device, (buffers.nan_count.0 - buffers.token.0) as usize / 4 + 1)?,
             sampler: sample::Scratch::new(s.vocab)?,
         })
     }
 }
 
-/// Most recorded steps kept; the oldest goes first.
-pub(super) const MAX_PROGRAMS: usize = 128;
+/// Most recorded steps kept; the one used longest ago goes first. A server whose batch moves between 1
+/// and 256 has 15 buckets, times the few density settings it uses.
+pub(super) const MAX_PROGRAMS: usize = 64;
 
 impl<D: Device> Drop for CudaScratch<D> {
     fn drop(&mut self) {
+        if let Mode::Record(_) = self.mode {
+            self.device.unrecord();
+        }
         for (_, program) in &self.programs {
             self.device.forget(*program);
         }
@@ -178,11 +185,11 @@ fn places<D: Device>(
     r: Option<&CudaRouters<D>>,
     limits: &Limits,
     position: &Position,
-    tables: &Tables,
+    tables: &Tables<D>,
     p: &mut Places,
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
-    let forward = |n: usize, k_size: usize| sums(rows, |r| k.linear(r, n as u32, k_size as u32).1, n);
+    let forward = |n: usize, k_size: usize| sums(rows, batch, |r| k.linear(r, n as u32, k_size as u32).1, n);
     let (mut first, mut down) = (forward(s.first(), d), 0);
     if s.gated {
         down = forward(d, s.neurons);
@@ -194,7 +201,7 @@ fn places<D: Device>(
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
-        down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
+        down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
     let mut scores = batch * s.kv_heads;
     let (mut rank, mut qkv) = (0, forward(s.qkv(), d));
@@ -267,8 +274,8 @@ fn rotation<D: Device>(device: &D, inv_freq: &[f32], s: &Shape, positions: usize
 
 impl<D: Device> CudaScratch<D> {
     /// Whether a step fits what was sized.
-    pub(super) fn check(&self, step: &Step, pages: usize) -> Result<()> {
-        let rows = step.tokens.len();
+    pub(super) fn check(&self, step: &Step) -> Result<()> {
+        let (rows, pages) = (step.tokens.len(), self.limits.pages);
         let bad = |what: &str| Err(Error::invalid(format!("step: {what}")));
         if rows > self.limits.max_rows || step.positions.len() != rows {
             return bad("more rows than the engine was made for");
@@ -278,6 +285,15 @@ impl<D: Device> CudaScratch<D> {
         }
         if step.tokens.iter().any(|&t| t as usize >= self.shape.vocab) {
             return bad("a token is not in the vocabulary");
+        }
+        if let Some(places) = self.shape.learned_positions
+            && let Some(p) =
+                step.positions.iter().find(|&&p| (p + self.shape.position_offset) as usize >= places)
+        {
+            return Err(Error::invalid(format!(
+                "position {p}, the model has {}",
+                places - self.shape.position_offset as usize
+            )));
         }
         if step.logit_rows.iter().any(|&r| r as usize >= rows) {
             return bad("logits of a row that is not there");
