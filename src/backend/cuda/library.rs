@@ -39,10 +39,12 @@ pub(super) struct Library {
     plans: Mutex<HashMap<Key, Option<Plan>>>,
 }
 
+/// Microseconds of what a closure starts.
+type Timer<'a> = dyn Fn(&dyn Fn() -> Result<()>) -> Result<f32> + 'a;
+
 /// How kernels are compared.
 pub(super) struct Contest<'a> {
-    /// Microseconds of what a closure starts.
-    pub(super) time: &'a dyn Fn(&dyn Fn() -> Result<()>) -> Result<f32>,
+    pub(super) time: &'a Timer<'a>,
     /// Starts our own kernel for the same product, if that competes.
     pub(super) own: Option<&'a dyn Fn() -> Result<()>>,
 }
