@@ -74,6 +74,10 @@ impl Faulty {
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
+    fn spoiled(&self, launch: &Launch) -> Launch {
+        let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
+        if self.launch.due() { too_much } else { *launch }
+    }
     fn may_fail(&self, what: &str) -> Result<()> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         if self.call.due() {
@@ -137,19 +141,11 @@ impl Device for Faulty {
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.may_fail("start")?;
-        if self.launch.due() {
-            let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
-            return self.inner.start(&too_much, params);
-        }
-        self.inner.start(launch, params)
+        self.inner.start(&self.spoiled(launch), params)
     }
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.may_fail("start_beside")?;
-        if self.launch.due() {
-            let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
-            return self.inner.start_beside(&too_much, params);
-        }
-        self.inner.start_beside(launch, params)
+        self.inner.start_beside(&self.spoiled(launch), params)
     }
     fn recorded(&self) -> Result<u64> {
         // As with the driver, a recording that cannot be ended well is over all the same.

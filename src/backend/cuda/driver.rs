@@ -414,7 +414,7 @@ impl Device for Driver {
         if self.is_quiet()
             && let Ok(_entered) = self.enter()
         {
-            // SAFETY: `at` came from `alloc_host`, and copies that use it have ended.
+            // SAFETY: `at` came from `alloc_host`; copies that use it have ended.
             let _ = unsafe { sys::cuMemFreeHost(at.as_ptr().cast()) };
         }
     }
