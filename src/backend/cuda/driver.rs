@@ -12,11 +12,11 @@ use super::library::{Contest, Library, WORKSPACE, Work};
 use super::params::{LinearParams, Ptr};
 use super::probe::check;
 pub use super::probe::{Found, count, describe};
+use super::side::{Lane, Side};
 use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::cell::Cell;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -60,28 +60,9 @@ pub struct Driver {
 }
 
 /// Some number of this thread, not 0.
-fn this_thread() -> usize {
+pub(super) fn this_thread() -> usize {
     thread_local!(static HERE: u8 = const { 0 });
     HERE.with(|here| &raw const *here as usize)
-}
-
-/// The stream of the side work, and where it meets the other one.
-struct Side {
-    stream: sys::CUstream,
-    /// Of the fork and of the join.
-    events: [sys::CUevent; 2],
-    /// The thread that forked, 0: none. One at a time: who comes second goes on in one stream.
-    owner: AtomicUsize,
-}
-
-const MAIN: usize = 0;
-const SIDE: usize = 1;
-
-thread_local! {
-    /// This thread's next launch on the main (side) stream comes right after a wait for the other one.
-    static IN_ORDER: [Cell<bool>; 2] = const { [Cell::new(false), Cell::new(false)] };
-    /// This thread's side work went to the main stream since the last join.
-    static IN_LINE: Cell<bool> = const { Cell::new(false) };
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -114,7 +95,7 @@ impl Driver {
             stream: null_mut(),
             recorder: null_mut(),
             recording: AtomicUsize::new(0),
-            side: Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) },
+            side: Side::none(),
             module: null_mut(),
             functions: Vec::new(),
             name: String::new(),
@@ -153,17 +134,7 @@ impl Driver {
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
-            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
-            let (mut least, mut greatest) = (0, 0);
-            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
-            check(
-                "CUDA stream",
-                sys::cuStreamCreateWithPriority(&mut driver.side.stream, non_blocking, greatest),
-            )?;
-            let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-            for event in &mut driver.side.events {
-                check("CUDA event", sys::cuEventCreate(event, untimed))?;
-            }
+            driver.side.create()?;
             check(
                 format_args!("{}: the kernels do not load", driver.name),
                 sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
@@ -225,13 +196,12 @@ impl Driver {
         Ok(Entered)
     }
 
-    fn launch(&self, stream: sys::CUstream, which: usize, launch: &Launch, params: &[u8]) -> Result<()> {
+    fn launch(&self, (stream, lane): (sys::CUstream, Lane), launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
         // for that one only: right after a wait for the other stream the launch itself has to be in order.
-        let in_order = IN_ORDER.with(|next| next[which].replace(false));
-        let early_start = self.starts_early && !in_order;
+        let early_start = !lane.takes_order() && self.starts_early;
         // SAFETY: plain structs; zero is a valid value of every field.
         let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -259,16 +229,6 @@ impl Driver {
             )
         };
         check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
-    }
-
-    /// What comes next on `second` waits for what is on `first` so far.
-    fn meet(&self, first: sys::CUstream, event: sys::CUevent, second: sys::CUstream) -> Result<()> {
-        let _entered = self.enter()?;
-        // SAFETY: streams and event are this object's own; in a capture both become edges of the graph.
-        unsafe {
-            check("CUDA event", sys::cuEventRecord(event, first))?;
-            check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
-        }
     }
 
     /// Where this thread's work goes now.
@@ -320,13 +280,7 @@ impl Drop for Driver {
                 if !self.recorder.is_null() {
                     let _ = sys::cuStreamDestroy_v2(self.recorder);
                 }
-                if !self.side.stream.is_null() {
-                    let _ = sys::cuStreamSynchronize(self.side.stream);
-                    let _ = sys::cuStreamDestroy_v2(self.side.stream);
-                }
-                for event in self.side.events.into_iter().filter(|e| !e.is_null()) {
-                    let _ = sys::cuEventDestroy_v2(event);
-                }
+                self.side.destroy();
                 self.library = None;
                 if self.workspace != 0 {
                     let _ = sys::cuMemFree_v2(self.workspace);
@@ -473,41 +427,21 @@ impl Device for Driver {
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        self.launch(self.current(), MAIN, launch, params)
+        self.launch((self.current(), Lane::Main), launch, params)
     }
 
     fn fork(&self) -> Result<()> {
-        let side = &self.side;
-        if side.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
-            return Ok(());
-        }
-        let met = self.meet(self.current(), side.events[0], side.stream);
-        if met.is_err() {
-            side.owner.store(0, Ordering::Release);
-        }
-        IN_ORDER.with(|next| next[SIDE].set(true));
-        met
+        let _entered = self.enter()?;
+        self.side.fork(self.current())
     }
 
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if self.side.owner.load(Ordering::Relaxed) == this_thread() {
-            return self.launch(self.side.stream, SIDE, launch, params);
-        }
-        IN_LINE.set(true);
-        self.launch(self.current(), MAIN, launch, params)
+        self.launch(self.side.lane(self.current()), launch, params)
     }
 
     fn join(&self) -> Result<()> {
-        let owns = self.side.owner.load(Ordering::Relaxed) == this_thread();
-        if IN_LINE.replace(false) || owns {
-            IN_ORDER.with(|next| next[MAIN].set(true));
-        }
-        if !owns {
-            return Ok(());
-        }
-        let met = self.meet(self.side.stream, self.side.events[1], self.current());
-        self.side.owner.store(0, Ordering::Release);
-        met
+        let _entered = self.enter()?;
+        self.side.join(self.current())
     }
 
     fn product(

@@ -23,6 +23,8 @@ mod program;
 pub mod sampling;
 mod scratch;
 mod shape;
+#[cfg(feature = "cuda")]
+mod side;
 mod stages;
 #[cfg(feature = "cuda")]
 mod stopwatch;
