@@ -55,6 +55,20 @@ struct LinearParams {
     uint32_t first;
 };
 
+// Second product of a selective ReLU MLP, from the sums that the first one left.
+struct DownParams {
+    Partial up;             // columns k
+    const void* up_bias;    // T by neuron, null: none
+    const void* w;          // T [neurons][n]
+    const uint32_t* index;  // [k] neurons, complete before the kernel ahead of this one began
+    float* out;             // [splits][rows][n]
+    uint32_t rows;
+    uint32_t n;
+    uint32_t k;             // a multiple of 8
+    uint32_t valid;         // columns of `up` from here on count as zero
+    uint32_t splits;
+};
+
 // Which units each decode sequence keeps.
 struct SelectParams {
     Partial logits;        // columns 0 .. units * per_unit of it
@@ -148,6 +162,18 @@ struct ActivateParams {
     uint32_t n;
     uint32_t valid;         // columns from here on become zero
     uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
+};
+
+// The MLP router's second product, as scores of the neurons.
+struct RouterParams {
+    const void* z;          // T [rows][rank]
+    const void* w;          // T [n][rank]
+    float* scores;          // [groups of this launch][n]
+    const uint32_t* group;  // [rows]: 0 sums its rows, every other group is one row, NONE: not wanted
+    uint32_t rows;
+    uint32_t n;
+    uint32_t rank;
+    uint32_t first_group;
 };
 
 // The neurons with the largest sums of positive logits over the rows of a group.

@@ -47,6 +47,13 @@ DEVICE void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// What a kernel before the one ahead of this one wrote, and that kernel waited for: see `linear_up` and
+// `mlp_down`. Past the multiprocessor's own cache, which may hold an older value.
+DEVICE uint32_t load_early(const uint32_t* p) { return __ldcg(p); }
+DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
+    const uint4 four = __ldcg((const uint4*)p);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+}
 DEVICE void begin_kernel() {
     let_next_start();
     wait_for_previous();
@@ -65,6 +72,7 @@ DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mas
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
+DEVICE uint32_t warp_add(uint32_t v) { return __reduce_add_sync(~0u, v); }
 DEVICE int count_bits(uint32_t v) { return __popc(v); }
 DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
 

@@ -10,8 +10,10 @@ mod gpu;
 mod host_device;
 mod rig;
 
+use polar_sparsity::backend::Backend;
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
+use polar_sparsity::backend::cuda::launch::Tuning;
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
 use polar_sparsity::model::{Checkpoint, Weights, load};
@@ -299,11 +301,78 @@ fn sparse_mlp_follows_the_cpu() {
     sparse("opt_f32", 1.0, [Invariant; 3], Source::Router);
 }
 
+/// Sparse steps with the side work run at other times: whoever reads before the join, or shares a buffer
+/// between the two, gets other bits. Three of the steps are replays of a recorded one.
+#[test]
+fn side_work_may_run_at_any_time_before_the_join() {
+    let g = Golden::open("opt_f32");
+    let file = g.routers();
+    let options = Options { mlp_dense_above: 1.0, ..Options::default() };
+    let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+    let run = |seed: u32, tuning: Tuning| {
+        let host = host_device::Host::new();
+        host.seed.store(seed, std::sync::atomic::Ordering::Relaxed);
+        let cuda = Cuda::new(Arc::new(AnyDevice(Box::new(host))), true).tuned(tuning);
+        let mut rig = Rig::on(cuda, &g.model, &setup);
+        for p in 0..3 {
+            let mut tokens = g.tokens(p, "tokens");
+            let n = tokens.len();
+            tokens.extend(g.tokens(p, "forced"));
+            rig.add(&tokens, SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Reference });
+            rig.run(&[(p, n, false)]);
+        }
+        let step = |rig: &mut Rig<_>| rig.run(&[(0, 1, true), (1, 1, true), (2, 1, true)]);
+        (0..4).map(|_| step(&mut rig)).collect::<Vec<_>>()
+    };
+    let first = run(0, Tuning::default());
+    for seed in 1..3 {
+        assert!(run(seed, Tuning::default()) == first, "seed {seed}");
+    }
+    let early = Tuning { join_early: true, ..Tuning::default() };
+    assert!(run(3, early) == first, "joined before the output projection");
+    let serial = run(0, Tuning { beside: false, ..Tuning::default() });
+    assert!(run(0, Tuning { made: false, ..Tuning::default() }) == serial, "all in one stream");
+}
+
+/// A step that fails after the fork leaves neither side work nor a recording behind.
+#[test]
+fn a_step_that_fails_half_way_leaves_nothing_open() {
+    let g = Golden::open("opt_f32");
+    let file = g.routers();
+    let options = Options { mlp_dense_above: 1.0, ..Options::default() };
+    let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+    let mut tokens = g.tokens(0, "tokens");
+    let n = tokens.len();
+    tokens.extend(g.tokens(0, "forced"));
+    let run = |failing: &[usize]| {
+        let mut rig = Rig::on(cuda(), &g.model, &setup);
+        rig.add(&tokens, SeqSetting { attn_density: Some(1.0), mlp: MlpMode::Reference });
+        let mut out = vec![rig.run(&[(0, n, false)])];
+        for step in 0..4 {
+            rig.fill(&[(0, 1, true)]);
+            if failing.contains(&step) {
+                let routers = rig.routers.take();
+                assert!(rig.try_go().is_err(), "neurons without routers");
+                rig.routers = routers;
+            }
+            rig.go();
+            let mut logits = vec![0.0; g.model.spec().vocab_size as usize];
+            rig.backend.read_logits(&mut rig.scratch, 0, &mut logits).unwrap();
+            out.push(vec![logits]);
+        }
+        out
+    };
+    // Step 0 runs as it comes, step 1 is recorded, step 2 a replay (which does not ask for routers).
+    let whole = run(&[]);
+    assert!(run(&[0]) == whole, "after a failure while running");
+    assert!(run(&[1]) == whole, "after a failure while recording");
+}
+
 #[test]
 fn an_estimate_is_the_size_that_is_taken() {
     let g = Golden::open("llama31_bf16");
     let cuda = cuda();
-    use polar_sparsity::backend::{Backend, WeightOptions};
+    use polar_sparsity::backend::WeightOptions;
     let w = cuda.upload(&g.model, WeightOptions::default(), &mut |_, _| 0).unwrap();
     assert_eq!(Cuda::<AnyDevice>::estimate(g.model.spec()).unwrap(), cuda.weight_bytes(&w));
     let stopped = cuda.upload(&g.model, WeightOptions::default(), &mut |_, _| 1);

@@ -40,6 +40,7 @@ fn main() {
         match a.as_str() {
             "--results" => results = arguments.next().map(PathBuf::from),
             "--append" => append = true,
+            _ if steps::TUNINGS.contains(&a.as_str()) => {} // steps reads them
             _ if is_part => parts.push(a),
             _ if models::all().any(|m| m.name == a) => models.push(a),
             other => {

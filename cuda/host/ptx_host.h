@@ -30,6 +30,8 @@ DEVICE int warp_index() { return host::self->index >> 5; }
 DEVICE void let_next_start() {}
 DEVICE void wait_for_previous() { host::self->waited = true; }
 DEVICE void begin_kernel() { wait_for_previous(); }
+DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
+DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
@@ -69,6 +71,10 @@ DEVICE uint32_t vote(bool v) {
     for (int i = 0; i < 32; i++) y |= (w.words[i][0] & 1u) << i;
     sync_warp();
     return y;
+}
+DEVICE uint32_t warp_add(uint32_t v) {
+    for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
+    return v;
 }
 DEVICE int count_bits(uint32_t v) { return __builtin_popcount(v); }
 DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }

@@ -6,6 +6,7 @@
 //! context is left as it was. The device is never reset.
 
 use super::device::Device;
+use super::image::{FATBIN, functions};
 use super::launch::{Launch, NAMES};
 pub use super::library::Choice;
 use super::library::{Contest, Library, WORKSPACE, Work};
@@ -16,15 +17,11 @@ use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::ffi::{CString, c_int, c_void};
+use std::cell::Cell;
+use std::ffi::{c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-#[cfg(polar_kernels)]
-pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
-#[cfg(not(polar_kernels))]
-pub(super) static FATBIN: Option<&[u8]> = None;
 
 /// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
 /// library's first proposal is good and a comparison would hold up a prompt.
@@ -38,10 +35,11 @@ const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     recorder: sys::CUstream,
     /// The thread that records, 0: none.
     recording: AtomicUsize,
+    side: Side,
     module: sys::CUmodule,
     functions: Vec<sys::CUfunction>,
     name: String,
@@ -61,6 +59,25 @@ pub struct Driver {
 fn this_thread() -> usize {
     thread_local!(static HERE: u8 = const { 0 });
     HERE.with(|here| &raw const *here as usize)
+}
+
+/// The stream of the side work, and where it meets the other one.
+struct Side {
+    stream: sys::CUstream,
+    /// Of the fork and of the join.
+    events: [sys::CUevent; 2],
+    /// The thread that forked, 0: none. One at a time: who comes second goes on in one stream.
+    owner: AtomicUsize,
+}
+
+const MAIN: usize = 0;
+const SIDE: usize = 1;
+
+thread_local! {
+    /// This thread's next launch on the main (side) stream comes right after a wait for the other one.
+    static IN_ORDER: [Cell<bool>; 2] = const { [Cell::new(false), Cell::new(false)] };
+    /// This thread's side work went to the main stream since the last join.
+    static IN_LINE: Cell<bool> = const { Cell::new(false) };
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -93,6 +110,7 @@ impl Driver {
             stream: null_mut(),
             recorder: null_mut(),
             recording: AtomicUsize::new(0),
+            side: Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) },
             module: null_mut(),
             functions: Vec::new(),
             name: String::new(),
@@ -131,36 +149,22 @@ impl Driver {
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
+            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
+            let (mut least, mut greatest) = (0, 0);
+            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+            check(
+                "CUDA stream",
+                sys::cuStreamCreateWithPriority(&mut driver.side.stream, non_blocking, greatest),
+            )?;
+            let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+            for event in &mut driver.side.events {
+                check("CUDA event", sys::cuEventCreate(event, untimed))?;
+            }
             check(
                 format_args!("{}: the kernels do not load", driver.name),
                 sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
             )?;
-            use sys::CUfunction_attribute as F;
-            for name in NAMES {
-                let text = CString::new(*name).map_err(|_| Error::invalid("kernel name"))?;
-                let mut function = null_mut();
-                check(
-                    format_args!("kernel {name}"),
-                    sys::cuModuleGetFunction(&mut function, driver.module, text.as_ptr()),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        driver.shared_per_block as c_int,
-                    ),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory share"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                        100,
-                    ),
-                )?;
-                driver.functions.push(function);
-            }
+            driver.functions = functions(driver.module, driver.shared_per_block)?;
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
         }
@@ -192,6 +196,52 @@ impl Driver {
         Ok(Entered)
     }
 
+    fn launch(&self, stream: sys::CUstream, which: usize, launch: &Launch, params: &[u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
+        // for that one only: right after a wait for the other stream the launch itself has to be in order.
+        let in_order = IN_ORDER.with(|next| next[which].replace(false));
+        let early_start = self.starts_early && !in_order;
+        // SAFETY: plain structs; zero is a valid value of every field.
+        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        early.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: stream,
+            attrs: &mut early,
+            numAttrs: u32::from(early_start),
+        };
+        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
+        // them before it returns.
+        let result = unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                self.functions[launch.kernel.0 as usize],
+                arguments.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+    }
+
+    /// What comes next on `second` waits for what is on `first` so far.
+    fn meet(&self, first: sys::CUstream, event: sys::CUevent, second: sys::CUstream) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: streams and event are this object's own; in a capture both become edges of the graph.
+        unsafe {
+            check("CUDA event", sys::cuEventRecord(event, first))?;
+            check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
+        }
+    }
+
     /// Where this thread's work goes now.
     fn current(&self) -> sys::CUstream {
         if self.recording.load(Ordering::Relaxed) == this_thread() { self.recorder } else { self.stream }
@@ -205,10 +255,6 @@ impl Driver {
         if let Some(library) = &mut self.library {
             library.forget();
         }
-    }
-
-    pub(super) fn queue(&self) -> sys::CUstream {
-        self.stream
     }
 
     /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
@@ -240,6 +286,13 @@ impl Drop for Driver {
                 }
                 if !self.recorder.is_null() {
                     let _ = sys::cuStreamDestroy_v2(self.recorder);
+                }
+                if !self.side.stream.is_null() {
+                    let _ = sys::cuStreamSynchronize(self.side.stream);
+                    let _ = sys::cuStreamDestroy_v2(self.side.stream);
+                }
+                for event in self.side.events.into_iter().filter(|e| !e.is_null()) {
+                    let _ = sys::cuEventDestroy_v2(event);
                 }
                 self.library = None;
                 if self.workspace != 0 {
@@ -387,36 +440,41 @@ impl Device for Driver {
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        let _entered = self.enter()?;
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // A kernel may start before the one before it ends; every one of ours waits by itself.
-        // SAFETY: plain structs; zero is a valid value of every field.
-        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: self.current(),
-            attrs: &mut early,
-            numAttrs: u32::from(self.starts_early),
-        };
-        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
-        // them before it returns.
-        let result = unsafe {
-            sys::cuLaunchKernelEx(
-                &config,
-                self.functions[launch.kernel.0 as usize],
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+        self.launch(self.current(), MAIN, launch, params)
+    }
+
+    fn fork(&self) -> Result<()> {
+        let side = &self.side;
+        if side.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return Ok(());
+        }
+        let met = self.meet(self.current(), side.events[0], side.stream);
+        if met.is_err() {
+            side.owner.store(0, Ordering::Release);
+        }
+        IN_ORDER.with(|next| next[SIDE].set(true));
+        met
+    }
+
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        if self.side.owner.load(Ordering::Relaxed) == this_thread() {
+            return self.launch(self.side.stream, SIDE, launch, params);
+        }
+        IN_LINE.set(true);
+        self.launch(self.current(), MAIN, launch, params)
+    }
+
+    fn join(&self) -> Result<()> {
+        let owns = self.side.owner.load(Ordering::Relaxed) == this_thread();
+        if IN_LINE.replace(false) || owns {
+            IN_ORDER.with(|next| next[MAIN].set(true));
+        }
+        if !owns {
+            return Ok(());
+        }
+        let met = self.meet(self.side.stream, self.side.events[1], self.current());
+        self.side.owner.store(0, Ordering::Release);
+        met
     }
 
     fn product(
@@ -485,6 +543,8 @@ impl Device for Driver {
 
     fn recorded(&self) -> Result<u64> {
         let _entered = self.enter()?;
+        // A capture with a fork left open does not end.
+        let joined = self.join();
         let (mut graph, mut exec) = (null_mut(), null_mut());
         // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated, the
         // instance if it cannot be uploaded.
@@ -492,7 +552,8 @@ impl Device for Driver {
             let ended = check("graph capture", sys::cuStreamEndCapture(self.recorder, &mut graph));
             self.recording.store(0, Ordering::Release);
             ended?;
-            let made = check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+            let made =
+                joined.and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0)));
             let _ = sys::cuGraphDestroy(graph);
             made?;
             // Else the first replay would pay for it.
@@ -507,6 +568,8 @@ impl Device for Driver {
     fn unrecord(&self) {
         if let Ok(_entered) = self.enter() {
             let mut graph = null_mut();
+            // A capture with a fork left open does not end well; what is wrong with it no longer matters.
+            let _ = self.join();
             // SAFETY: ends the capture that `record` began; a capture that something has broken gives
             // an error and no graph.
             unsafe {

@@ -11,10 +11,13 @@ mod buckets;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+#[cfg(feature = "cuda")]
+mod image;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
 mod memory;
+mod neurons;
 pub mod params;
 #[cfg(feature = "cuda")]
 mod probe;
@@ -38,6 +41,7 @@ use crate::sample;
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
+use launch::Tuning;
 use memory::Memory;
 use params::Ptr;
 use scratch::HostChoice;
@@ -48,6 +52,7 @@ use std::sync::Arc;
 pub struct Cuda<D: Device> {
     device: Arc<D>,
     records: bool,
+    tuning: Tuning,
 }
 
 /// Pages of all layers.
@@ -66,7 +71,12 @@ impl<D: Device> CudaKv<D> {
 impl<D: Device> Cuda<D> {
     /// A backend on `device`; `records`: repeated decode steps become recorded programs.
     pub fn new(device: Arc<D>, records: bool) -> Cuda<D> {
-        Cuda { device, records }
+        Cuda { device, records, tuning: Tuning::default() }
+    }
+
+    /// With other choices between equivalent launches, for measurements.
+    pub fn tuned(self, tuning: Tuning) -> Cuda<D> {
+        Cuda { tuning, ..self }
     }
 
     /// The device.
@@ -169,7 +179,9 @@ impl<D: Device> Backend for Cuda<D> {
         r: Option<&Self::Routers>,
         limits: &Limits,
     ) -> Result<Self::Scratch> {
-        CudaScratch::new(&self.device, w, r, limits)
+        let mut scratch = CudaScratch::new(&self.device, w, r, limits)?;
+        scratch.kernels.tuning = self.tuning;
+        Ok(scratch)
     }
 
     fn begin(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
@@ -182,7 +194,7 @@ impl<D: Device> Backend for Cuda<D> {
         let tile = s.kernels.tile_tokens();
         s.tables.send(step, w.spec.num_kv_heads, w.spec.window, tile)?;
         self.device.zero(s.buffers.nan_count, 4)?;
-        s.routed = None;
+        s.scored = None;
         s.heads_selected = None;
         s.host_choices.fill(None);
         Self::count(w, s, step);
@@ -218,11 +230,11 @@ impl<D: Device> Backend for Cuda<D> {
         &self,
         r: &Self::Routers,
         s: &mut Self::Scratch,
-        _: &Step,
+        step: &Step,
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        self.stage(s, |s| self.run_route(r, s, layer, site))
+        self.stage(s, |s| self.run_route(r, s, step, layer, site))
     }
 
     fn select(&self, s: &mut Self::Scratch, step: &Step, layer: usize, site: Site) -> Result<()> {

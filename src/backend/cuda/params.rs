@@ -57,6 +57,11 @@ params! {
         x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32,
     }
     /// See the header.
+    DownParams {
+        up: Partial, up_bias: Ptr, w: Ptr, index: Ptr, out: Ptr,
+        rows: u32, n: u32, k: u32, valid: u32, splits: u32,
+    }
+    /// See the header.
     SelectParams {
         logits: Partial, bias: Ptr, keep: Ptr, selected: Ptr, attention: Ptr, nan_count: Ptr,
         rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32,
@@ -84,6 +89,10 @@ params! {
         rows: u32, n: u32, valid: u32, kind: u32,
     }
     /// See the header.
+    RouterParams {
+        z: Ptr, w: Ptr, scores: Ptr, group: Ptr, rows: u32, n: u32, rank: u32, first_group: u32,
+    }
+    /// See the header.
     NeuronParams {
         logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
@@ -101,19 +110,21 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 16] {
+pub fn sizes() -> [usize; 18] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
         s::<EmbedParams>(),
         s::<NormParams>(),
         s::<LinearParams>(),
+        s::<DownParams>(),
         s::<QkvParams>(),
         s::<SelectParams>(),
         s::<DecodeParams>(),
         s::<PrefillTile>(),
         s::<PrefillParams>(),
         s::<ActivateParams>(),
+        s::<RouterParams>(),
         s::<NeuronParams>(),
         s::<ArgmaxParams>(),
         s::<TransposeParams>(),

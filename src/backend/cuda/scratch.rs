@@ -32,8 +32,10 @@ pub(super) struct Buffers {
     pub(super) sums: Ptr,
     /// Sums that the next norm adds to the residual stream.
     pub(super) delta: Ptr,
-    /// Sums of a router, until its selection.
+    /// Random scores of the heads, until their selection.
     pub(super) scores: Ptr,
+    /// Sums of the MLP router's products, which run beside the others.
+    pub(super) router_sums: Ptr,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
     pub(super) logits: Ptr,
@@ -97,8 +99,8 @@ pub struct CudaScratch<D: Device> {
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
     pub(super) kv_bytes: (u64, u64),
-    /// Layer whose router sums are in `scores`.
-    pub(super) routed: Option<(usize, Partial)>,
+    /// Layer whose neuron scores are made.
+    pub(super) scored: Option<usize>,
     /// Layer whose heads were selected together with its projection.
     pub(super) heads_selected: Option<usize>,
     /// By entry of `Step::logit_rows`: what the host sampled.
@@ -154,7 +156,7 @@ impl<D: Device> CudaScratch<D> {
             seen: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
-            routed: None,
+            scored: None,
             heads_selected: None,
             host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
             host_logits: try_vec(s.vocab, 0.0, "logits")?,
@@ -197,14 +199,15 @@ fn places<D: Device>(
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
             for r in [8, 16, 32, SKINNY_ROWS].map(|r| r.min(rows as u32)) {
-                first = first.max(k.linear(r, kept as u32, d as u32).1 as usize * r as usize * kept);
+                let (n, d) = (kept as u32, d as u32);
+                let splits = k.linear_up(r, n, d).1.max(k.linear(r, n, d).1);
+                first = first.max(splits as usize * r as usize * kept);
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
         down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
-    let mut scores = batch * s.kv_heads;
-    let (mut rank, mut qkv) = (0, forward(s.qkv(), d));
+    let (mut rank, mut router_sums, mut qkv) = (0, 0, forward(s.qkv(), d));
     for l in r.map_or(&[][..], |r| &r.layers) {
         if l.attn_rows > 0 {
             let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
@@ -212,7 +215,7 @@ fn places<D: Device>(
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
-            scores = scores.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
+            router_sums = router_sums.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
         }
     }
     let has_mlp = rank > 0;
@@ -231,7 +234,8 @@ fn places<D: Device>(
         z: p.take(rows * rank, 2),
         sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
-        scores: p.take(scores, 4),
+        scores: p.take(batch * s.kv_heads, 4),
+        router_sums: p.take(router_sums, 4),
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
         logits: p.take(batch * s.vocab, 4),
