@@ -8,5 +8,6 @@
 #include "select.cu"
 #include "neurons.cu"
 #include "sample.cu"
+#include "sample_draw.cu"
 #include "transfer.cu"
 #include "synthetic.cu"

@@ -17,6 +17,7 @@ use polar_sparsity::backend::cuda::launch::Tuning;
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
 use polar_sparsity::model::{Checkpoint, Weights, load};
+use polar_sparsity::sample::{self, Params};
 use polar_sparsity::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
 use rig::{DENSE, LIMITS, Rig, Setup};
 use std::path::PathBuf;
@@ -366,6 +367,73 @@ fn a_step_that_fails_half_way_leaves_nothing_open() {
     let whole = run(&[]);
     assert!(run(&[0]) == whole, "after a failure while running");
     assert!(run(&[1]) == whole, "after a failure while recording");
+}
+
+/// Every kind of request in one batch, tokens fed back, parameters changing between replays of a
+/// recorded step: what comes back must be what the shared sampler makes of the logits.
+#[test]
+fn a_mixed_batch_is_sampled_as_on_the_host() {
+    let g = Golden::open("llama31_bf16");
+    let vocab = g.model.spec().vocab_size as usize;
+    let mut rig = Rig::on(cuda(), &g.model, &Setup::default());
+    let warm = Params { temperature: 1.3, ..Params::GREEDY };
+    let penalised = Params {
+        repetition_penalty: 1.3,
+        presence_penalty: 0.4,
+        frequency_penalty: 0.2,
+        n_logprobs: 3,
+        ..Params::GREEDY
+    };
+    let all = [
+        Params::GREEDY,
+        warm,
+        Params { top_k: 9, n_logprobs: 20, ..warm },
+        Params { top_p: 0.8, seed: 7, ..warm },
+        penalised,
+        Params { top_k: 30, top_p: 0.9, min_p: 0.01, temperature: 0.7, ..penalised },
+    ];
+    for (i, &params) in all.iter().enumerate() {
+        let id = rig.add(&g.tokens(i % 3, "tokens"), DENSE);
+        rig.seqs[id].params = params;
+    }
+    let mut scratch = sample::Scratch::new(vocab).unwrap();
+    let mut check = |rig: &mut Rig<Cuda<AnyDevice>>, work: &[(usize, usize, bool)]| {
+        let logits = rig.run(work);
+        for (row, (&(id, ..), logits)) in work.iter().zip(&logits).enumerate() {
+            let seq = &mut rig.seqs[id];
+            let mut top = vec![];
+            let params = Params { logprob: true, ..seq.params };
+            let put = |t, l| top.push((t, l));
+            let want =
+                sample::sample(logits, &seq.tokens[..seq.done], seq.prompt, &params, &mut scratch, put);
+            let (want, got) = (want.unwrap(), rig.report.sampled[row]);
+            assert_eq!((got.token, got.broken), (want.token, false), "{params:?}");
+            assert!((got.logprob - want.logprob).abs() < 1e-4, "{got:?} {want:?}");
+            let listed = &rig.report.top[got.first_top as usize..][..got.n_top as usize];
+            assert_eq!(listed.len(), top.len());
+            for (a, b) in listed.iter().zip(&top) {
+                assert!(a.0 == b.0 && (a.1 - b.1).abs() < 1e-4, "{a:?} {b:?}");
+            }
+            seq.tokens.push(got.token);
+        }
+    };
+    for id in 0..all.len() {
+        let n = rig.seqs[id].tokens.len();
+        check(&mut rig, &[(id, n, false)]);
+    }
+    let work: Vec<_> = (0..all.len()).map(|id| (id, 1, true)).collect();
+    for round in 0..6 {
+        // From the third round on the step is a replay; then each row has another's parameters.
+        for id in 0..all.len() {
+            rig.seqs[id].params = all[if round < 4 { id } else { (id + round) % all.len() }];
+        }
+        check(&mut rig, &work);
+    }
+    // Some leave, and one that never was penalised is.
+    for params in [penalised, warm] {
+        rig.seqs[1].params = params;
+        check(&mut rig, &[(5, 1, true), (1, 1, true)]);
+    }
 }
 
 #[test]

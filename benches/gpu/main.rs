@@ -11,6 +11,8 @@
 mod kernels;
 mod layer;
 mod models;
+mod prefill;
+mod sampling;
 #[path = "../support/shapes.rs"]
 mod shapes;
 mod steps;
@@ -29,7 +31,8 @@ const PARTS: &[Part] = &[
     ("products", kernels::products),
     ("mlp", kernels::selective_mlp),
     ("small", kernels::small),
-    ("prefill", kernels::prefill),
+    ("sampling", sampling::sampling),
+    ("prefill", prefill::prefill),
 ];
 
 fn main() {

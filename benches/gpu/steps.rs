@@ -35,6 +35,9 @@ fn tuning() -> Tuning {
 struct Greedy;
 
 impl History for Greedy {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
+    }
     fn tokens(&self, _: u32) -> (&[u32], usize) {
         (&[], 0)
     }

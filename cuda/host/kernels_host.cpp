@@ -23,6 +23,10 @@ const Named kernels[] = {
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
     SIZES(attention_decode_tall, DecodeParams)
     SIZES(attention_prefill, PrefillParams)
+    ONE(attention_prefill_bf16_256, PrefillParams) ONE(attention_prefill_f16_256, PrefillParams)
+    ONE(attention_prefill_8x16_bf16_128, PrefillParams) ONE(attention_prefill_4x16_bf16_128, PrefillParams)
+    ONE(attention_prefill_8x32_bf16_128, PrefillParams) ONE(attention_prefill_12x16_bf16_128, PrefillParams)
+    ONE(attention_prefill_8x16_128_bf16_128, PrefillParams)
     ROWS(linear_skinny, LinearParams)
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
@@ -42,6 +46,10 @@ const Named kernels[] = {
     ONE(select_neurons_large, NeuronParams)
     ONE(neuron_scores, NeuronParams)
     ONE(argmax, ArgmaxParams)
+    ONE(count_tokens, CountParams)
+    ONE(sample_penalised, SampleParams)
+    ONE(sample_bins, SampleParams)
+    ONE(sample_finish, SampleParams)
     ONE(transpose16, TransposeParams)
     ONE(convert, ConvertParams)
     ONE(read_stream, StreamParams)
@@ -77,6 +85,7 @@ extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
                               sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
                               sizeof(PrefillParams), sizeof(ActivateParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;
     for (int i = 0; i < n; i++) out[i] = sizes[i];

@@ -22,6 +22,7 @@ pub mod params;
 #[cfg(feature = "cuda")]
 mod probe;
 mod program;
+pub mod sampling;
 mod scratch;
 mod shape;
 mod stages;
@@ -33,18 +34,16 @@ mod weights;
 pub use scratch::CudaScratch;
 pub use weights::{CudaRouters, CudaWeights};
 
-use super::step::Sampled;
 use super::{Backend, Caps, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions};
 use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Weights};
-use crate::sample;
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
 use launch::Tuning;
 use memory::Memory;
 use params::Ptr;
-use scratch::HostChoice;
+use sampling::Request;
 use shape::Shape;
 use std::sync::Arc;
 
@@ -191,12 +190,10 @@ impl<D: Device> Backend for Cuda<D> {
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
         }
-        let tile = s.kernels.tile_tokens();
-        s.tables.send(step, w.spec.num_kv_heads, w.spec.window, tile)?;
-        self.device.zero(s.buffers.nan_count, 4)?;
+        s.tables.send(step, w.spec.num_kv_heads, w.spec.window)?;
+        s.sampling.clear()?;
         s.scored = None;
         s.heads_selected = None;
-        s.host_choices.fill(None);
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
     }
@@ -276,45 +273,22 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn sample(&self, s: &mut Self::Scratch, step: &Step, history: &dyn History) -> Result<()> {
-        // The likeliest token is known on the device. Anything else is sampled here, by the code all
-        // backends share, from a copy of the row.
         for seq in step.seqs.iter().filter(|q| q.sample && q.logits != NO_LOGITS) {
-            let params = history.params(seq.slot);
-            if params.temperature == 0.0 && !params.penalises() && params.n_logprobs == 0 {
-                continue;
-            }
-            let i = seq.logits as usize;
-            let mut logits = std::mem::take(&mut s.host_logits);
-            let copied = self.read_logits(s, i, &mut logits);
-            let (tokens, prompt) = history.tokens(seq.slot);
-            let mut choice =
-                HostChoice { sampled: Sampled::default(), top: [(0, 0.0); sample::MAX_LOGPROBS] };
-            let mut n_top = 0;
-            let put = |token, logprob| {
-                choice.top[n_top] = (token, logprob);
-                n_top += 1;
-            };
-            let chosen = sample::sample(&logits, tokens, prompt, params, &mut s.sampler, put);
-            s.host_logits = logits;
-            copied?;
-            match chosen {
-                Some(c) => {
-                    choice.sampled.token = c.token;
-                    choice.sampled.logprob = c.logprob;
-                    choice.sampled.n_top = n_top as u32;
-                }
-                None => choice.sampled.broken = true,
-            }
-            s.host_choices[i] = Some(choice);
+            let (tokens, prompt_len) = history.tokens(seq.slot);
+            s.sampling.add(&Request {
+                row: seq.logits as usize,
+                sequence: history.id(seq.slot),
+                tokens,
+                prompt_len,
+                params: history.params(seq.slot),
+            })?;
         }
-        Ok(())
+        s.sampling.run(s.buffers.logits)
     }
 
     fn end(&self, s: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
         report.clear();
-        // Tokens, log probabilities and the NaN count lie one after another.
-        let words = (s.buffers.nan_count.0 - s.buffers.token.0) as usize / 4 + 1;
-        s.results.fetch(s.buffers.token, words)
+        s.sampling.fetch()
     }
 
     fn poll(&self, s: &mut Self::Scratch, step: &Step, report: &mut Report, timeout_ns: u64) -> Result<bool> {
@@ -322,26 +296,7 @@ impl<D: Device> Backend for Cuda<D> {
             return Ok(false);
         }
         report.clear();
-        let n = step.logit_rows.len();
-        let results = s.results.words();
-        let logprobs = (s.buffers.logprob.0 - s.buffers.token.0) as usize / 4;
-        for i in 0..n {
-            if let Some(choice) = &s.host_choices[i] {
-                let mut sampled = choice.sampled;
-                sampled.first_top = report.top.len() as u32;
-                report.top.extend_from_slice(&choice.top[..sampled.n_top as usize]);
-                report.sampled.push(sampled);
-                continue;
-            }
-            let logprob = f32::from_bits(results[logprobs + i]);
-            report.sampled.push(Sampled {
-                token: results[i],
-                logprob: if logprob.is_nan() { 0.0 } else { logprob },
-                broken: logprob.is_nan(),
-                ..Sampled::default()
-            });
-        }
-        report.nan_scores = u64::from(results[results.len() - 1]);
+        s.sampling.report(step.logit_rows.len(), report);
         report.counts.extend_from_slice(&s.counts[..step.seqs.len()]);
         (report.kv_bytes_read, report.kv_bytes_dense) = s.kv_bytes;
         Ok(true)

@@ -122,7 +122,7 @@ impl<D: Device> Cuda<D> {
             last_group: s.tables.last_group(),
             index: b.index,
             masks: b.masks,
-            nan_count: b.nan_count,
+            nan_count: s.sampling.nan_count(),
             rows: s.tables.rows().decode,
             n: ffn,
             keep0: keep(rule.reference),

@@ -21,6 +21,10 @@ impl Ptr {
 pub const NONE: u32 = u32::MAX;
 /// Virtual pages that opening a segment of a sequence costs.
 pub const SEGMENT_COST: u32 = 2;
+/// Bins of a row's first histogram when sampling.
+pub const SAMPLE_BINS: usize = 2048;
+/// Tokens of a row's list of candidates.
+pub const SAMPLE_LIST: usize = 4096;
 
 /// A struct that a kernel takes by value.
 ///
@@ -100,6 +104,23 @@ params! {
     /// See the header.
     ArgmaxParams { logits: Ptr, token: Ptr, logprob: Ptr, parts: Ptr, counters: Ptr, vocab: u32 }
     /// See the header.
+    SampleJob {
+        uniform: f64, row: u32, occurrences: u32, repetition: f32, presence: f32, frequency: f32,
+        inverse: f32, floor: f32, bin_scale: f32, top_k: u32, top_p: f32, kind: u32, reserved: u32,
+    }
+    /// See the header.
+    SampleState {
+        best: u64, before: u64, total: u64, bin: u32, listed: u32, arrived: u32, reserved: u32,
+    }
+    /// See the header.
+    SampleParams {
+        logits: Ptr, jobs: Ptr, occurrences: Ptr, likeliest: Ptr, likeliest_logprob: Ptr, token: Ptr,
+        logprob: Ptr, top_token: Ptr, top_logprob: Ptr, states: Ptr, bins: Ptr, list: Ptr,
+        vocab: u32, index_bits: u32, first_job: u32, reserved: u32,
+    }
+    /// See the header.
+    CountParams { entries: Ptr, occurrences: Ptr, count: u32, vocab: u32 }
+    /// See the header.
     TransposeParams { input: Ptr, out: Ptr, in_rows: u32, columns: u32, out_columns: u32, first: u32 }
     /// See the header.
     ConvertParams { input: Ptr, out: Ptr, count: u64, in_kind: u32, out_kind: u32 }
@@ -110,7 +131,7 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 18] {
+pub fn sizes() -> [usize; 22] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
@@ -127,6 +148,10 @@ pub fn sizes() -> [usize; 18] {
         s::<RouterParams>(),
         s::<NeuronParams>(),
         s::<ArgmaxParams>(),
+        s::<SampleJob>(),
+        s::<SampleState>(),
+        s::<SampleParams>(),
+        s::<CountParams>(),
         s::<TransposeParams>(),
         s::<ConvertParams>(),
         s::<StreamParams>(),

@@ -2,16 +2,16 @@
 
 use super::buckets::buckets;
 use super::device::Device;
-use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
-use super::memory::{HostWords, Memory, Places};
+use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
+use super::sampling::Sampling;
 use super::shape::Shape;
 use super::tables::Tables;
 use super::weights::{CudaRouters, CudaWeights};
-use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
+use crate::backend::{Limits, PAGE_TOKENS, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::Position;
-use crate::sample::{self, MAX_LOGPROBS};
 use crate::sparsity::Counts;
 use std::sync::Arc;
 
@@ -39,12 +39,6 @@ pub(super) struct Buffers {
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
     pub(super) logits: Ptr,
-    pub(super) token: Ptr,
-    pub(super) logprob: Ptr,
-    pub(super) nan_count: Ptr,
-    /// Pieces of the argmax, and how many have arrived.
-    pub(super) top_parts: Ptr,
-    pub(super) top_counters: Ptr,
     /// Neuron scores `[groups][ffn]`.
     pub(super) neuron_scores: Ptr,
     /// u16 `[batch][kv_heads]`.
@@ -76,13 +70,6 @@ pub(super) enum Mode {
     Replay(u64),
 }
 
-/// A token the host sampled.
-#[derive(Clone, Copy)]
-pub(super) struct HostChoice {
-    pub(super) sampled: Sampled,
-    pub(super) top: [(u32, f32); MAX_LOGPROBS],
-}
-
 /// See the module.
 pub struct CudaScratch<D: Device> {
     pub(super) device: Arc<D>,
@@ -103,12 +90,7 @@ pub struct CudaScratch<D: Device> {
     pub(super) scored: Option<usize>,
     /// Layer whose heads were selected together with its projection.
     pub(super) heads_selected: Option<usize>,
-    /// By entry of `Step::logit_rows`: what the host sampled.
-    pub(super) host_choices: Vec<Option<HostChoice>>,
-    pub(super) host_logits: Vec<f32>,
-    /// What the device answers: from `token` to `nan_count`.
-    pub(super) results: HostWords<D>,
-    pub(super) sampler: sample::Scratch,
+    pub(super) sampling: Sampling<D>,
 }
 
 /// The largest sum a product of this shape leaves, in floats, over every row count that can occur:
@@ -129,8 +111,7 @@ impl<D: Device> CudaScratch<D> {
         if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
-        let group = s.heads / s.kv_heads;
-        let mut tables = Tables::new(device, limits, s.layers, group)?;
+        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens())?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
@@ -158,10 +139,7 @@ impl<D: Device> CudaScratch<D> {
             kv_bytes: (0, 0),
             scored: None,
             heads_selected: None,
-            host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
-            host_logits: try_vec(s.vocab, 0.0, "logits")?,
-            results: HostWords::zeroed(device, (buffers.nan_count.0 - buffers.token.0) as usize / 4 + 1)?,
-            sampler: sample::Scratch::new(s.vocab)?,
+            sampling: Sampling::new(device, k, limits.max_batch, s.vocab)?,
         })
     }
 }
@@ -239,11 +217,6 @@ fn places<D: Device>(
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
         logits: p.take(batch * s.vocab, 4),
-        token: p.take(batch, 4),
-        logprob: p.take(batch, 4),
-        nan_count: p.take(1, 4),
-        top_parts: p.take(batch * 3 * ARGMAX_PIECES as usize, 4),
-        top_counters: p.take(batch, 4),
         neuron_scores: p.take(if has_mlp { (batch + 1) * s.ffn } else { 0 }, 4),
         selected: p.take(batch * s.kv_heads, 2),
         index: p.take(if has_mlp { s.neurons } else { 0 }, 4),

@@ -220,7 +220,7 @@ impl<D: Device> Cuda<D> {
             keep: s.tables.plan(s.tables.layer_plan[layer]).0,
             selected: b.selected,
             attention: b.attention,
-            nan_count: b.nan_count,
+            nan_count: s.sampling.nan_count(),
             rows,
             sequences: s.tables.rows().decode,
             units,
@@ -334,7 +334,7 @@ impl<D: Device> Cuda<D> {
                 window: w.spec.window.unwrap_or(NONE),
                 scale,
             };
-            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
+            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads), &params)?;
         }
         if s.kernels.tuning.join_early {
             self.device.join()?;
@@ -413,15 +413,8 @@ impl<D: Device> Cuda<D> {
             if !self.by_library(s, &params, false, &launch)? {
                 self.go(s, &launch, &params)?;
             }
-            let params = ArgmaxParams {
-                logits: b.logits,
-                token: b.token,
-                logprob: b.logprob,
-                parts: b.top_parts,
-                counters: b.top_counters,
-                vocab,
-            };
-            self.go(s, &s.kernels.argmax(n), &params)?;
+            let (launch, params) = s.sampling.likeliest(b.logits, n);
+            self.go(s, &launch, &params)?;
         }
         s.pending = Pending::default();
         Ok(())
