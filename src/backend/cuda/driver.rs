@@ -6,6 +6,7 @@
 //! context is left as it was. The device is never reset.
 
 use super::device::Device;
+use super::image::{FATBIN, functions};
 use super::launch::{Launch, NAMES};
 pub use super::library::Choice;
 use super::library::{Contest, Library, WORKSPACE, Work};
@@ -17,15 +18,10 @@ use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-
-#[cfg(polar_kernels)]
-pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
-#[cfg(not(polar_kernels))]
-pub(super) static FATBIN: Option<&[u8]> = None;
 
 /// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
 /// library's first proposal is good and a comparison would hold up a prompt.
@@ -39,7 +35,7 @@ const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     recorder: sys::CUstream,
     /// The thread that records, 0: none.
     recording: AtomicUsize,
@@ -139,32 +135,7 @@ impl Driver {
                 format_args!("{}: the kernels do not load", driver.name),
                 sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
             )?;
-            use sys::CUfunction_attribute as F;
-            for name in NAMES {
-                let text = CString::new(*name).map_err(|_| Error::invalid("kernel name"))?;
-                let mut function = null_mut();
-                check(
-                    format_args!("kernel {name}"),
-                    sys::cuModuleGetFunction(&mut function, driver.module, text.as_ptr()),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        driver.shared_per_block as c_int,
-                    ),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory share"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                        100,
-                    ),
-                )?;
-                driver.functions.push(function);
-            }
+            driver.functions = functions(driver.module, driver.shared_per_block)?;
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
         }
@@ -244,10 +215,6 @@ impl Driver {
         if let Some(library) = &mut self.library {
             library.forget();
         }
-    }
-
-    pub(super) fn queue(&self) -> sys::CUstream {
-        self.stream
     }
 
     /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.

@@ -11,6 +11,8 @@ mod buckets;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+#[cfg(feature = "cuda")]
+mod image;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;

@@ -36,7 +36,7 @@ pub(super) fn check(what: impl Display, result: CUresult) -> Result<()> {
 
 /// Why no CUDA device can be used in this process, or how many there are.
 pub fn count() -> Result<u32> {
-    if super::driver::FATBIN.is_none() {
+    if super::image::FATBIN.is_none() {
         return Err(Error::unsupported("CUDA: this build has no kernels"));
     }
     let probe = catch_unwind(|| {
