@@ -121,6 +121,24 @@ impl Device for Faulty {
         self.frees.fetch_add(1, Ordering::Relaxed);
         self.inner.free(at);
     }
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        if self.alloc.due() {
+            return Err(Error::new(Status::E_DEVICE_NOMEM, format!("{bytes} bytes, refused on purpose")));
+        }
+        let at = self.inner.alloc_host(bytes)?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        Ok(at)
+    }
+    fn free_host(&self, at: NonNull<u8>) {
+        self.frees.fetch_add(1, Ordering::Relaxed);
+        self.inner.free_host(at);
+    }
+    fn unmark(&self, mark: u64) {
+        self.inner.unmark(mark);
+    }
+    fn unrecord(&self) {
+        self.inner.unrecord();
+    }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.may_fail("start")?;
         self.inner.start(&self.spoiled(launch), params)
@@ -137,24 +155,6 @@ impl Device for Faulty {
     }
     fn forget(&self, program: u64) {
         self.inner.forget(program);
-    }
-    fn unrecord(&self) {
-        self.inner.unrecord();
-    }
-    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
-        if self.alloc.due() {
-            return Err(Error::new(Status::E_DEVICE_NOMEM, format!("{bytes} bytes, refused on purpose")));
-        }
-        let at = self.inner.alloc_host(bytes)?;
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-        Ok(at)
-    }
-    fn free_host(&self, at: NonNull<u8>) {
-        self.frees.fetch_add(1, Ordering::Relaxed);
-        self.inner.free_host(at);
-    }
-    fn unmark(&self, mark: u64) {
-        self.inner.unmark(mark);
     }
     may_fail! {
         fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;

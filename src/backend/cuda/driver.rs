@@ -7,33 +7,33 @@
 
 use super::device::Device;
 use super::launch::{Launch, NAMES};
-use super::library::{Contest, Library, WORKSPACE};
+pub use super::library::Choice;
+use super::library::{Contest, Library, WORKSPACE, Work};
 use super::params::{LinearParams, Ptr};
+use super::probe::check;
+pub use super::probe::{Found, count, describe};
+use super::side::{Lane, Side};
+use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::cell::Cell;
 use std::ffi::{CString, c_int, c_void};
-use std::fmt::Display;
-use std::panic::catch_unwind;
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(polar_kernels)]
-static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
+pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
 #[cfg(not(polar_kernels))]
-static FATBIN: Option<&[u8]> = None;
+pub(super) static FATBIN: Option<&[u8]> = None;
 
-/// Oldest CUDA version a driver must speak: the one the kernels were compiled with.
-const CUDA_NEEDED: c_int = 13000;
+/// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
+/// library's first proposal is good and a comparison would hold up a prompt.
+const TIMED_ROWS: u32 = 256;
 
 /// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
 /// may use is leaked, since the driver would wait for it without end.
 const RELEASE_WAIT_NS: u64 = 10_000_000_000;
-/// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
-/// library's first proposal is good and a comparison would hold up a prompt.
-const TIMED_ROWS: u32 = 256;
 
 /// A GPU.
 pub struct Driver {
@@ -53,66 +53,16 @@ pub struct Driver {
     workspace: u64,
     /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
     starts_early: bool,
-    /// Work did not end within [`RELEASE_WAIT_NS`].
-    stuck: AtomicBool,
     /// Products are chosen by time.
     timed: bool,
+    /// Work did not end within [`RELEASE_WAIT_NS`].
+    stuck: AtomicBool,
 }
 
 /// Some number of this thread, not 0.
-fn this_thread() -> usize {
+pub(super) fn this_thread() -> usize {
     thread_local!(static HERE: u8 = const { 0 });
     HERE.with(|here| &raw const *here as usize)
-}
-
-/// Memory larger than the caches, written to empty them; none where there is not that much.
-struct Flush(u64);
-
-const FLUSH_BYTES: usize = 128 << 20;
-
-impl Flush {
-    fn new() -> Flush {
-        let mut at = 0;
-        // SAFETY: out-parameter is local; on an error it stays 0.
-        let _ = unsafe { sys::cuMemAlloc_v2(&mut at, FLUSH_BYTES) };
-        Flush(at)
-    }
-
-    fn run(&self, stream: sys::CUstream) -> Result<()> {
-        if self.0 == 0 {
-            return Ok(());
-        }
-        // SAFETY: the range was allocated above.
-        check("flush", unsafe { sys::cuMemsetD8Async(self.0, 0, FLUSH_BYTES, stream) })
-    }
-}
-
-impl Drop for Flush {
-    fn drop(&mut self) {
-        if self.0 != 0 {
-            // SAFETY: allocated above, in the context that is still current.
-            let _ = unsafe { sys::cuMemFree_v2(self.0) };
-        }
-    }
-}
-
-/// The stream of the side work, and where it meets the other one.
-struct Side {
-    stream: sys::CUstream,
-    /// Of the fork and of the join.
-    events: [sys::CUevent; 2],
-    /// The thread that forked, 0: none. One at a time: who comes second goes on in one stream.
-    owner: AtomicUsize,
-}
-
-const MAIN: usize = 0;
-const SIDE: usize = 1;
-
-thread_local! {
-    /// This thread's next launch on the main (side) stream comes right after a wait for the other one.
-    static IN_ORDER: [Cell<bool>; 2] = const { [Cell::new(false), Cell::new(false)] };
-    /// This thread's side work went to the main stream since the last join.
-    static IN_LINE: Cell<bool> = const { Cell::new(false) };
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -121,119 +71,13 @@ unsafe impl Send for Driver {}
 unsafe impl Sync for Driver {}
 
 /// Makes a context current for a scope.
-struct Entered;
+pub(super) struct Entered;
 
 impl Drop for Entered {
     fn drop(&mut self) {
         let mut old = null_mut();
         // SAFETY: pops what `Driver::enter` pushed on this thread.
         let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut old) };
-    }
-}
-
-fn check(what: impl Display, result: CUresult) -> Result<()> {
-    if result == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let code = result as i32;
-    let status = match code {
-        2 => Status::E_DEVICE_NOMEM,
-        100 | 101 => Status::E_NO_DRIVER,
-        // Errors that stay until the process ends.
-        214 | 700 | 702 | 708..=720 | 999 => Status::E_DEVICE_LOST,
-        _ => Status::E_DEVICE,
-    };
-    let mut text: *const std::ffi::c_char = std::ptr::null();
-    // SAFETY: the driver writes a pointer to a static string, or null for an unknown code.
-    let name = unsafe {
-        let _ = sys::cuGetErrorName(result, &mut text);
-        if text.is_null() { "unknown".into() } else { std::ffi::CStr::from_ptr(text).to_string_lossy() }
-    };
-    let mut error = Error::new(status, format!("{what}: {name} ({code})"));
-    error.device_code = code;
-    Err(error)
-}
-
-/// Why no CUDA device can be used in this process, or how many there are.
-pub fn count() -> Result<u32> {
-    if FATBIN.is_none() {
-        return Err(Error::unsupported("CUDA: this build has no kernels"));
-    }
-    let probe = catch_unwind(|| {
-        // SAFETY: looks for the library; loads nothing that could fail later.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::new(
-                Status::E_NO_DRIVER,
-                "CUDA: no NVIDIA driver library (libcuda) was found",
-            ));
-        }
-        let (mut version, mut n) = (0, 0);
-        // SAFETY: plain queries into local variables.
-        unsafe {
-            check("CUDA: the driver does not start", sys::cuInit(0))?;
-            check("CUDA: driver version", sys::cuDriverGetVersion(&mut version))?;
-            check("CUDA: devices", sys::cuDeviceGetCount(&mut n))?;
-        }
-        if version < CUDA_NEEDED {
-            return Err(Error::new(
-                Status::E_NO_DRIVER,
-                format!(
-                    "CUDA: the driver speaks CUDA {}.{}, {}.{} is needed",
-                    version / 1000,
-                    version % 1000 / 10,
-                    CUDA_NEEDED / 1000,
-                    CUDA_NEEDED % 1000 / 10
-                ),
-            ));
-        }
-        Ok(n as u32)
-    });
-    probe
-        .unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
-}
-
-/// A device the driver lists.
-#[derive(Clone, Debug)]
-pub struct Found {
-    /// Model name.
-    pub name: String,
-    /// `10 * major + minor`.
-    pub compute_capability: u32,
-    /// Bytes of memory.
-    pub memory_total: u64,
-    /// Identifier, as `nvidia-smi -L` prints it.
-    pub uuid: String,
-}
-
-/// What the driver says of device `ordinal`, without opening it.
-pub fn describe(ordinal: u32) -> Result<Found> {
-    if ordinal >= count()? {
-        return Err(Error::invalid(format!("CUDA device {ordinal}: the driver lists fewer")));
-    }
-    use sys::CUdevice_attribute as A;
-    let (mut device, mut total, mut name) = (0, 0, [0 as std::ffi::c_char; 128]);
-    // SAFETY: `count` has initialised the driver; queries into local variables of the right sizes.
-    unsafe {
-        check("CUDA device", sys::cuDeviceGet(&mut device, ordinal as c_int))?;
-        check("CUDA device name", sys::cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
-        check("CUDA device memory", sys::cuDeviceTotalMem_v2(&mut total, device))?;
-        let mut uuid: sys::CUuuid = std::mem::zeroed();
-        check("CUDA device identifier", sys::cuDeviceGetUuid_v2(&mut uuid, device))?;
-        let attribute = |which| {
-            let mut value = 0;
-            check("CUDA device attribute", sys::cuDeviceGetAttribute(&mut value, which, device))
-                .map(|()| value)
-        };
-        let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let hex: String = uuid.bytes.iter().map(|b| format!("{:02x}", *b as u8)).collect();
-        let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
-        Ok(Found {
-            name: std::ffi::CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned(),
-            compute_capability: (10 * major + minor) as u32,
-            memory_total: total as u64,
-            uuid: format!("GPU-{}", parts.join("-")),
-        })
     }
 }
 
@@ -251,7 +95,7 @@ impl Driver {
             stream: null_mut(),
             recorder: null_mut(),
             recording: AtomicUsize::new(0),
-            side: Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) },
+            side: Side::none(),
             module: null_mut(),
             functions: Vec::new(),
             name: String::new(),
@@ -260,8 +104,8 @@ impl Driver {
             library: None,
             workspace: 0,
             starts_early: false,
-            stuck: AtomicBool::new(false),
             timed: true,
+            stuck: AtomicBool::new(false),
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -290,17 +134,7 @@ impl Driver {
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
-            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
-            let (mut least, mut greatest) = (0, 0);
-            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
-            check(
-                "CUDA stream",
-                sys::cuStreamCreateWithPriority(&mut driver.side.stream, non_blocking, greatest),
-            )?;
-            let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-            for event in &mut driver.side.events {
-                check("CUDA event", sys::cuEventCreate(event, untimed))?;
-            }
+            driver.side.create()?;
             check(
                 format_args!("{}: the kernels do not load", driver.name),
                 sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
@@ -337,6 +171,11 @@ impl Driver {
         Ok(driver)
     }
 
+    /// How products' kernels were chosen so far; empty without cuBLASLt.
+    pub fn product_choices(&self) -> Vec<Choice> {
+        self.library.as_ref().map_or_else(Vec::new, Library::choices)
+    }
+
     /// Whether cuBLASLt was found.
     pub fn has_library(&self) -> bool {
         self.library.is_some()
@@ -351,19 +190,18 @@ impl Driver {
         Ok(value)
     }
 
-    fn enter(&self) -> Result<Entered> {
+    pub(super) fn enter(&self) -> Result<Entered> {
         // SAFETY: the context is retained for as long as `self` lives.
         check("CUDA context", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
         Ok(Entered)
     }
 
-    fn launch(&self, stream: sys::CUstream, which: usize, launch: &Launch, params: &[u8]) -> Result<()> {
+    fn launch(&self, (stream, lane): (sys::CUstream, Lane), launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
         // for that one only: right after a wait for the other stream the launch itself has to be in order.
-        let in_order = IN_ORDER.with(|next| next[which].replace(false));
-        let early_start = self.starts_early && !in_order;
+        let early_start = !lane.takes_order() && self.starts_early;
         // SAFETY: plain structs; zero is a valid value of every field.
         let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -393,25 +231,6 @@ impl Driver {
         check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
     }
 
-    /// What comes next on `second` waits for what is on `first` so far.
-    fn meet(&self, first: sys::CUstream, event: sys::CUevent, second: sys::CUstream) -> Result<()> {
-        let _entered = self.enter()?;
-        // SAFETY: streams and event are this object's own; in a capture both become edges of the graph.
-        unsafe {
-            check("CUDA event", sys::cuEventRecord(event, first))?;
-            check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
-        }
-    }
-
-    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
-    fn is_quiet(&self) -> bool {
-        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
-        // An error means that nothing runs any more.
-        let quiet = !matches!(self.finished(wait), Ok(false));
-        self.stuck.store(!quiet, Ordering::Relaxed);
-        quiet
-    }
-
     /// Where this thread's work goes now.
     fn current(&self) -> sys::CUstream {
         if self.recording.load(Ordering::Relaxed) == this_thread() { self.recorder } else { self.stream }
@@ -427,48 +246,22 @@ impl Driver {
         }
     }
 
-    /// Microseconds of work on the stream, the caches cold: the median of a few runs.
-    fn time_cold(&self, flush: &Flush, work: &dyn Fn() -> Result<()>) -> Result<f32> {
-        let mut runs = [0.0; 5];
-        work()?;
-        for us in &mut runs {
-            flush.run(self.stream)?;
-            *us = 1e3 * self.time(work)?;
-        }
-        runs.sort_by(f32::total_cmp);
-        Ok(runs[runs.len() / 2])
+    pub(super) fn queue(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
+    fn is_quiet(&self) -> bool {
+        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
+        // An error means that nothing runs any more.
+        let quiet = !matches!(self.finished(wait), Ok(false));
+        self.stuck.store(!quiet, Ordering::Relaxed);
+        quiet
     }
 
     /// The stream, for hosts that queue their own work beside it.
     pub fn stream(&self) -> u64 {
         self.stream as u64
-    }
-
-    /// Milliseconds that `work` takes on the device, by its own clock.
-    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
-        let _entered = self.enter()?;
-        let mut events = [null_mut(); 2];
-        let mut ms = 0.0;
-        // SAFETY: events are made and destroyed here, in this context; `cuEventElapsedTime_v2` exists
-        // in every driver that `count` lets through.
-        unsafe {
-            for e in &mut events {
-                check("CUDA event", sys::cuEventCreate(e, 0))?;
-            }
-            let run = || {
-                check("CUDA event", sys::cuEventRecord(events[0], self.stream))?;
-                work()?;
-                check("CUDA event", sys::cuEventRecord(events[1], self.stream))?;
-                check("CUDA event", sys::cuEventSynchronize(events[1]))?;
-                check("CUDA event", sys::cuEventElapsedTime_v2(&mut ms, events[0], events[1]))
-            };
-            let done = run();
-            for e in events {
-                let _ = sys::cuEventDestroy_v2(e);
-            }
-            done?;
-        }
-        Ok(ms)
     }
 }
 
@@ -487,13 +280,7 @@ impl Drop for Driver {
                 if !self.recorder.is_null() {
                     let _ = sys::cuStreamDestroy_v2(self.recorder);
                 }
-                if !self.side.stream.is_null() {
-                    let _ = sys::cuStreamSynchronize(self.side.stream);
-                    let _ = sys::cuStreamDestroy_v2(self.side.stream);
-                }
-                for event in self.side.events.into_iter().filter(|e| !e.is_null()) {
-                    let _ = sys::cuEventDestroy_v2(event);
-                }
+                self.side.destroy();
                 self.library = None;
                 if self.workspace != 0 {
                     let _ = sys::cuMemFree_v2(self.workspace);
@@ -640,41 +427,21 @@ impl Device for Driver {
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        self.launch(self.current(), MAIN, launch, params)
+        self.launch((self.current(), Lane::Main), launch, params)
     }
 
     fn fork(&self) -> Result<()> {
-        let side = &self.side;
-        if side.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
-            return Ok(());
-        }
-        let met = self.meet(self.current(), side.events[0], side.stream);
-        if met.is_err() {
-            side.owner.store(0, Ordering::Release);
-        }
-        IN_ORDER.with(|next| next[SIDE].set(true));
-        met
+        let _entered = self.enter()?;
+        self.side.fork(self.current())
     }
 
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if self.side.owner.load(Ordering::Relaxed) == this_thread() {
-            return self.launch(self.side.stream, SIDE, launch, params);
-        }
-        IN_LINE.set(true);
-        self.launch(self.current(), MAIN, launch, params)
+        self.launch(self.side.lane(self.current()), launch, params)
     }
 
     fn join(&self) -> Result<()> {
-        let owns = self.side.owner.load(Ordering::Relaxed) == this_thread();
-        if IN_LINE.replace(false) || owns {
-            IN_ORDER.with(|next| next[MAIN].set(true));
-        }
-        if !owns {
-            return Ok(());
-        }
-        let met = self.meet(self.side.stream, self.side.events[1], self.current());
-        self.side.owner.store(0, Ordering::Release);
-        met
+        let _entered = self.enter()?;
+        self.side.join(self.current())
     }
 
     fn product(
@@ -693,12 +460,12 @@ impl Device for Driver {
         // A recording runs nothing, so nothing can be timed while it lasts.
         let timed = self.timed && stream == self.stream && params.rows <= TIMED_ROWS;
         let flush = timed.then(Flush::new);
-        let time = |work: &dyn Fn() -> Result<()>| match &flush {
+        let time = |work: &Work<'_>| match &flush {
             Some(flush) => self.time_cold(flush, work),
             None => Ok(f32::INFINITY),
         };
         let start_own = own.map(|launch| move || super::device::start(self, launch, params));
-        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &dyn Fn() -> Result<()>) };
+        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &Work<'_>) };
         library.choose(params, transposed, dtype, stream.cast(), timed.then_some(&contest))
     }
 

@@ -17,11 +17,17 @@ mod library;
 mod memory;
 mod neurons;
 pub mod params;
+#[cfg(feature = "cuda")]
+mod probe;
 mod program;
 pub mod sampling;
 mod scratch;
 mod shape;
+#[cfg(feature = "cuda")]
+mod side;
 mod stages;
+#[cfg(feature = "cuda")]
+mod stopwatch;
 mod tables;
 mod weights;
 
