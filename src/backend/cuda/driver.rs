@@ -235,6 +235,8 @@ impl Driver {
 impl Drop for Driver {
     fn drop(&mut self) {
         if self.context.is_null() || (!self.stream.is_null() && !self.is_quiet()) {
+            // Destroying the library's handle would wait for the device.
+            std::mem::forget(self.library.take());
             return;
         }
         if let Ok(_entered) = self.enter() {
