@@ -18,6 +18,7 @@ namespace decode {
 
 constexpr int WARPS = 4;
 constexpr uint32_t COST = SEGMENT_COST;
+constexpr float LN_2 = 0.69314718f;
 
 // A run of pages [first, end) of sequence `b`, slot `slot` (0 .. keep[b] - 1).
 struct Segment { uint32_t b, slot, first, end, length; };
@@ -81,7 +82,7 @@ struct Loads {
         uint32_t head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
         uint32_t stage = issued % p.stages;
-        const char* from = (const char*)p.kv + ((uint64_t)id * p.kv_heads + head) * BYTES;
+        const char* from = (const char*)p.kv + id * p.page_stride + head * p.head_stride;
         tile_load(ring + stage * BYTES, from, BYTES, barriers + stage);
         issued++;
         page += WARPS;
@@ -143,7 +144,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     Segment segment;
     while (walk.next(p, segment)) {
         const uint32_t head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
-        const T* q = (const T*)p.q + ((uint64_t)segment.b * p.heads + head * group) * HD;
+        const T* q = (const T*)p.q + segment.b * p.q_stride + head * group * HD;
         typename Math::Query query;
         Math::load_query(query, (uint32_t)g < group ? q + g * HD : nullptr,
                          (uint32_t)g + 8 < group ? q + (g + 8) * HD : nullptr);
@@ -240,13 +241,18 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
                 part[2 * i + 1] = x[1];
             }
         }
-        if (whole) continue;
+        float* lse = p.lse ? p.lse + (uint64_t)segment.b * p.heads + head * group : nullptr;
         if ((uint32_t)thread_index() < group) {
             float sum = 0;
             for (int w = 0; w < WARPS; w++) sum += sums[w * 16 + thread_index()];
-            part[values + 2 * thread_index()] = row_max;
-            part[values + 2 * thread_index() + 1] = sum;
+            if (!whole) {
+                part[values + 2 * thread_index()] = row_max;
+                part[values + 2 * thread_index() + 1] = sum;
+            } else if (lse) {
+                lse[thread_index()] = LN_2 * (row_max + log2_fast(sum));
+            }
         }
+        if (whole) continue;
         fence_device();
         sync_block();
         uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
@@ -275,6 +281,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
                 x1 += from[2 * i + 1] * factor;
             }
             ((uint32_t*)out)[i] = pack2<T>(x0 / sum, x1 / sum);
+            if (lse && 2 * i % HD == 0) lse[row] = LN_2 * (m + log2_fast(sum));
         }
         sync_block();
     }

@@ -6,6 +6,7 @@
 #include "linear_tile.cu"
 #include "rows.cu"
 #include "select.cu"
+#include "plan.cu"
 #include "sample.cu"
 #include "transfer.cu"
 #include "synthetic.cu"

@@ -32,6 +32,9 @@ const Named kernels[] = {
     BOTH(qkv, QkvParams)
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
+    ONE(attention_plan, PlanParams)
+    ONE(zero_heads, ZeroParams)
+    ONE(mark_rows, MarkParams)
     ONE(select_neurons, NeuronParams)
     ONE(neuron_scores, NeuronParams)
     ONE(argmax, ArgmaxParams)
@@ -62,7 +65,8 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams),
-                              sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
+                              sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PlanParams),
+                              sizeof(ZeroParams), sizeof(MarkParams), sizeof(PrefillTile),
                               sizeof(PrefillParams), sizeof(ActivateParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;

@@ -10,6 +10,7 @@ mod gpu;
 mod inbox;
 mod on;
 mod open;
+pub mod ops;
 mod seq;
 mod types;
 

@@ -265,7 +265,7 @@ pub(super) fn flags(name: &str, value: u32, known: u32) -> Result<()> {
     }
 }
 
-fn zero(name: &str, words: &[u32]) -> Result<()> {
+pub(super) fn zero(name: &str, words: &[u32]) -> Result<()> {
     if words.iter().all(|&w| w == 0) { Ok(()) } else { Err(Error::invalid(format!("{name} is not zero"))) }
 }
 

@@ -4,6 +4,7 @@
 //! An extensible struct starts with its size as its writer knows it. A caller's smaller struct reads
 //! as if the missing fields were zero; in a larger one the bytes we do not know must be zero.
 
+use super::op_types::{polar_op_attention, polar_op_head_selection, polar_op_mlp, polar_op_neuron_selection};
 use super::types::{
     polar_context_options, polar_device_info, polar_engine_options, polar_error, polar_load_options,
     polar_model_info, polar_stats,
@@ -51,6 +52,10 @@ extensible! {
     polar_model_info: 200;
     polar_engine_options: 64;
     polar_stats: 184;
+    polar_op_attention: 152;
+    polar_op_head_selection: 112;
+    polar_op_neuron_selection: 104;
+    polar_op_mlp: 96;
 }
 
 /// All zero.
@@ -80,6 +85,11 @@ pub(super) fn read<T: Extensible>(from: *const T) -> Result<T> {
         }
     }
     Ok(value)
+}
+
+/// Reads a struct that must be there.
+pub(super) fn required<T: Extensible>(from: *const T) -> Result<T> {
+    if from.is_null() { Err(null(T::NAME)) } else { read(from) }
 }
 
 /// Writes our struct into the caller's, except for its size field.

@@ -10,6 +10,7 @@ mod gpu;
 #[path = "../support/host_device.rs"]
 mod host_device;
 mod linear;
+mod ops;
 mod rows;
 mod selection;
 

@@ -4,22 +4,23 @@
 //! context is left as it was. The device is never reset.
 
 use super::device::Device;
-use super::launch::{Launch, NAMES};
+use super::launch::Launch;
 use super::library::{Library, WORKSPACE};
+use super::module::Module;
 use super::params::{LinearParams, Ptr};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::c_int;
 use std::fmt::Display;
 use std::panic::catch_unwind;
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
 #[cfg(polar_kernels)]
-static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
+pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
 #[cfg(not(polar_kernels))]
-static FATBIN: Option<&[u8]> = None;
+pub(super) static FATBIN: Option<&[u8]> = None;
 
 /// Oldest CUDA version a driver must speak: the one the kernels were compiled with.
 const CUDA_NEEDED: c_int = 13000;
@@ -29,15 +30,12 @@ pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    module: sys::CUmodule,
-    functions: Vec<sys::CUfunction>,
+    module: Option<Module>,
     name: String,
     multiprocessors: u32,
     shared_per_block: u32,
     library: Option<Library>,
     workspace: u64,
-    /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
-    starts_early: bool,
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -56,7 +54,7 @@ impl Drop for Entered {
     }
 }
 
-fn check(what: impl Display, result: CUresult) -> Result<()> {
+pub(super) fn check(what: impl Display, result: CUresult) -> Result<()> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -169,19 +167,16 @@ impl Driver {
         if ordinal >= n {
             return Err(Error::invalid(format!("CUDA device {ordinal}: the driver lists {n}")));
         }
-        let image = FATBIN.ok_or_else(|| Error::unsupported("CUDA: this build has no kernels"))?;
         let mut driver = Driver {
             device: 0,
             context: null_mut(),
             stream: null_mut(),
-            module: null_mut(),
-            functions: Vec::new(),
+            module: None,
             name: String::new(),
             multiprocessors: 0,
             shared_per_block: 0,
             library: None,
             workspace: 0,
-            starts_early: false,
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -199,7 +194,6 @@ impl Driver {
                     driver.name
                 )));
             }
-            driver.starts_early = major >= 9;
             driver.multiprocessors = driver.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
             driver.shared_per_block =
                 driver.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
@@ -209,36 +203,7 @@ impl Driver {
             let _entered = driver.enter()?;
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
-            check(
-                format_args!("{}: the kernels do not load", driver.name),
-                sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
-            )?;
-            use sys::CUfunction_attribute as F;
-            for name in NAMES {
-                let text = CString::new(*name).map_err(|_| Error::invalid("kernel name"))?;
-                let mut function = null_mut();
-                check(
-                    format_args!("kernel {name}"),
-                    sys::cuModuleGetFunction(&mut function, driver.module, text.as_ptr()),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        driver.shared_per_block as c_int,
-                    ),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory share"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                        100,
-                    ),
-                )?;
-                driver.functions.push(function);
-            }
+            driver.module = Some(Module::load(&driver.name, driver.shared_per_block, major >= 9)?);
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
         }
@@ -314,8 +279,8 @@ impl Drop for Driver {
                 if self.workspace != 0 {
                     let _ = sys::cuMemFree_v2(self.workspace);
                 }
-                if !self.module.is_null() {
-                    let _ = sys::cuModuleUnload(self.module);
+                if let Some(module) = &mut self.module {
+                    module.unload();
                 }
             }
         }
@@ -390,35 +355,9 @@ impl Device for Driver {
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // A kernel may start before the one before it ends; every one of ours waits by itself.
-        // SAFETY: plain structs; zero is a valid value of every field.
-        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: self.stream,
-            attrs: &mut early,
-            numAttrs: u32::from(self.starts_early),
-        };
-        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
-        // them before it returns.
-        let result = unsafe {
-            sys::cuLaunchKernelEx(
-                &config,
-                self.functions[launch.kernel.0 as usize],
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+        let module = self.module.as_ref().ok_or_else(|| Error::invalid("the kernels are not loaded"))?;
+        // SAFETY: this device's context is current and the stream its own.
+        unsafe { module.launch(launch, params, self.stream, true) }
     }
 
     fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {

@@ -14,6 +14,9 @@ pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
 mod memory;
+#[cfg(feature = "cuda")]
+mod module;
+pub mod ops;
 pub mod params;
 mod program;
 mod scratch;
