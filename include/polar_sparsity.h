@@ -202,45 +202,6 @@ typedef struct {
 // `POLAR_E_BUSY`.
 typedef int32_t (*polar_progress_fn)(void *user, uint64_t done, uint64_t total);
 
-// What a model is.
-typedef struct {
-  // `sizeof(polar_model_info)`, set by the caller.
-  uint32_t struct_size;
-  // Tokens are 0 up to, not including, this; as many logits.
-  uint32_t vocab_size;
-  // Decoder layers.
-  uint32_t num_layers;
-  // Query heads.
-  uint32_t num_heads;
-  // Key/value heads: the units of attention sparsity.
-  uint32_t num_kv_heads;
-  // Dimensions of one head.
-  uint32_t head_dim;
-  // Width of the hidden state.
-  uint32_t hidden_size;
-  // MLP neurons of a layer.
-  uint32_t ffn_size;
-  // Longest context, prompt and output together.
-  uint32_t max_positions;
-  // `POLAR_DTYPE_` of the stored weights.
-  polar_dtype dtype;
-  // Token that begins a text, or -1.
-  int32_t bos_token;
-  // End-of-sequence tokens the model has; the first 8 are in `eos_tokens`.
-  uint32_t n_eos;
-  // See `n_eos`; -1 where there is none.
-  int32_t eos_tokens[8];
-  // Bytes of the weights on the device.
-  uint64_t weight_bytes;
-  // Family as its config names it: `opt`, `llama`, `mistral`, `qwen2`, `qwen3`; terminated.
-  char family[16];
-  // Device and instruction set it runs on; terminated UTF-8.
-  char device_name[96];
-} polar_model_info;
-
-// Bits of the `flags` of `polar_tokenizer_encode` and `polar_tokenizer_decode`.
-typedef uint32_t polar_text_flags;
-
 // How a request's MLP runs while it decodes.
 typedef uint32_t polar_mlp_mode;
 
@@ -279,6 +240,77 @@ typedef struct {
   // Seed of `POLAR_SOURCE_RANDOM`.
   uint64_t attn_seed;
 } polar_engine_options;
+
+// What a model and an engine would take on a device, and what fits. All sizes are the device's.
+typedef struct {
+  // `sizeof(polar_estimate)`, set by the caller.
+  uint32_t struct_size;
+  // 1 if all of it fits into what is free now.
+  uint32_t fits;
+  // Sequences in a step, with the default applied.
+  uint32_t max_batch;
+  // Longest context, with the default applied.
+  uint32_t max_context;
+  // Bytes of the weights.
+  uint64_t weight_bytes;
+  // Bytes of the routers.
+  uint64_t router_bytes;
+  // Bytes of activations, sums and tables of a step.
+  uint64_t scratch_bytes;
+  // Bytes of one KV page: 16 tokens, all layers.
+  uint64_t page_bytes;
+  // Bytes of KV cache for one token.
+  uint64_t token_bytes;
+  // Pages the engine would take.
+  uint64_t kv_pages;
+  // Bytes of all of the above together, with that many pages.
+  uint64_t needed_bytes;
+  // Bytes that are free now.
+  uint64_t free_bytes;
+  // Most pages that fit, whatever the engine's options say.
+  uint64_t max_kv_pages;
+  // Contexts of `max_context` tokens that they hold.
+  uint64_t max_contexts;
+} polar_estimate;
+
+// What a model is.
+typedef struct {
+  // `sizeof(polar_model_info)`, set by the caller.
+  uint32_t struct_size;
+  // Tokens are 0 up to, not including, this; as many logits.
+  uint32_t vocab_size;
+  // Decoder layers.
+  uint32_t num_layers;
+  // Query heads.
+  uint32_t num_heads;
+  // Key/value heads: the units of attention sparsity.
+  uint32_t num_kv_heads;
+  // Dimensions of one head.
+  uint32_t head_dim;
+  // Width of the hidden state.
+  uint32_t hidden_size;
+  // MLP neurons of a layer.
+  uint32_t ffn_size;
+  // Longest context, prompt and output together.
+  uint32_t max_positions;
+  // `POLAR_DTYPE_` of the stored weights.
+  polar_dtype dtype;
+  // Token that begins a text, or -1.
+  int32_t bos_token;
+  // End-of-sequence tokens the model has; the first 8 are in `eos_tokens`.
+  uint32_t n_eos;
+  // See `n_eos`; -1 where there is none.
+  int32_t eos_tokens[8];
+  // Bytes of the weights on the device.
+  uint64_t weight_bytes;
+  // Family as its config names it: `opt`, `llama`, `mistral`, `qwen2`, `qwen3`; terminated.
+  char family[16];
+  // Device and instruction set it runs on; terminated UTF-8.
+  char device_name[96];
+} polar_model_info;
+
+// Bits of the `flags` of `polar_tokenizer_encode` and `polar_tokenizer_decode`.
+typedef uint32_t polar_text_flags;
 
 // Bits of `polar_request.flags`.
 typedef uint32_t polar_request_flags;
@@ -939,6 +971,27 @@ polar_status polar_model_load(polar_context *ctx,
                               void *user,
                               polar_model **out,
                               polar_error *err);
+
+// Says what a model, its routers and an engine of these options would take on the device of `load`, and how
+// much of it fits, before anything is loaded: from `config.json`, the headers of the files and the device.
+// Without `routers` (`routers_len` 0) for a dense engine; `load` and `engine` may be NULL. What does not fit
+// is no error but `fits` 0, so that a host can try other options. The caller sets `out->struct_size`.
+//
+// A GPU is opened for it, which takes memory of its own; `free_bytes` is what is left then. Loading and
+// `polar_engine_create` check the same sums before they take anything.
+//
+// Threads: any. Errors: as `polar_model_load`, `polar_routers_load` and, of the options,
+// `polar_engine_create`; not `POLAR_E_DEVICE_NOMEM`.
+POLAR_MUST_USE
+polar_status polar_model_estimate(const polar_context *ctx,
+                                  const char *path,
+                                  size_t path_len,
+                                  const char *routers,
+                                  size_t routers_len,
+                                  const polar_load_options *load,
+                                  const polar_engine_options *engine,
+                                  polar_estimate *out,
+                                  polar_error *err);
 
 // Describes a model. The caller sets `out->struct_size`.
 //

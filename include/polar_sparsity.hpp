@@ -180,6 +180,19 @@ class context {
   detail::handle<polar_context, polar_context_free> handle_;
 };
 
+/// What a model and an engine would take on a device, before anything is loaded; `routers` is a path or
+/// empty.
+inline polar_estimate estimate(const context& ctx, std::string_view path, std::string_view routers = {},
+                               const polar_load_options& load = load_options(),
+                               const polar_engine_options& engine = engine_options()) {
+  auto out = detail::sized<polar_estimate>();
+  call([&](polar_error* e) {
+    return polar_model_estimate(ctx.get(), path.data(), path.size(), routers.data(), routers.size(), &load,
+                                &engine, &out, e);
+  });
+  return out;
+}
+
 /// Immutable weights.
 class model {
  public:

@@ -92,6 +92,7 @@ layouts! {
     polar_device_info { struct_size, ordinal, backend, compute_capability, memory_total, memory_free, usable, reserved, name, uuid }
     polar_load_options { struct_size, device, weight_dtype, flags }
     polar_model_info { struct_size, vocab_size, num_layers, num_heads, num_kv_heads, head_dim, hidden_size, ffn_size, max_positions, dtype, bos_token, n_eos, eos_tokens, weight_bytes, family, device_name }
+    polar_estimate { struct_size, fits, max_batch, max_context, weight_bytes, router_bytes, scratch_bytes, page_bytes, token_bytes, kv_pages, needed_bytes, free_bytes, max_kv_pages, max_contexts }
     polar_engine_options { struct_size, max_batch, max_queue, page_tokens, step_tokens, max_context, kv_bytes, attn_density, mlp_density, mlp_dense_above, mlp_mode, attn_source, flags, attn_seed }
     polar_request { user_tag, random_seed, first_token, n_tokens, first_stop, n_stop, max_new_tokens, flags, priority, n_logprobs, temperature, top_p, min_p, top_k, repetition_penalty, presence_penalty, frequency_penalty, attn_density, mlp_mode, reserved }
     polar_event { seq, user_tag, token, logprob, flags, reason, status, n_logprobs, first_logprob, n_generated, attn_density, mlp_density, reserved }

@@ -61,3 +61,65 @@ fn a_host_runs_the_operators_in_its_own_context() {
         assert!(status == Some(77) && text.contains("this build has no kernels"), "{status:?}\n{text}");
     }
 }
+
+/// What `devices` prints of the GPUs, and of a context that wants nothing else.
+fn devices(
+    library: &Library,
+    program: &Path,
+    driver: &Path,
+    environment: &[(&str, &str)],
+) -> (String, String) {
+    let (status, text) = start(library, program, driver, environment);
+    assert_eq!(status, Some(0), "{text}");
+    let (cpu, gpu) = text.trim_end().split_once('\n').expect("two lines");
+    assert!(cpu.starts_with("cpu usable "), "{text}");
+    let mut command = Command::new(program);
+    let path = format!("{}:{}", driver.display(), library.folder.display());
+    command.arg("cuda").env("LD_LIBRARY_PATH", path).envs(environment.iter().copied());
+    (gpu.to_owned(), run(&mut command).trim_end().to_owned())
+}
+
+/// Each kind of machine gets its own sentence; the processor works on all of them.
+#[test]
+fn a_machine_without_a_usable_gpu_is_told_why() {
+    let library = Library::link(scratch("mock-devices"));
+    let program = program(&library, "tests/c/devices.c");
+    let no_driver = library.folder.clone();
+    if !cfg!(polar_kernels) {
+        let (gpu, only) = devices(&library, &program, driver(), &[]);
+        assert_eq!(gpu, "cuda unusable CUDA: this build has no kernels");
+        assert_eq!(only, "POLAR_E_UNSUPPORTED: CUDA: this build has no kernels");
+        return;
+    }
+    let incomplete = build_driver("incomplete", &["-DWITHOUT_VERSION"]);
+    let old = [("MOCK_VERSION", "12040")];
+    let sentence = |driver: &Path, environment: &[(&str, &str)], what: &str, status: &str| {
+        let (gpu, only) = devices(&library, &program, driver, environment);
+        assert_eq!(gpu, format!("cuda unusable {what}"));
+        assert_eq!(only, format!("{status}: {what}"));
+    };
+    let none = "CUDA: no NVIDIA driver library (libcuda) was found";
+    if !Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
+        sentence(&no_driver, &[], none, "POLAR_E_NO_DRIVER");
+    }
+    sentence(driver(), &[("MOCK_DEVICES", "0")], "CUDA: the driver finds no GPU", "POLAR_E_NO_DRIVER");
+    sentence(driver(), &old, "CUDA: the driver speaks CUDA 12.4, 13.0 is needed", "POLAR_E_NO_DRIVER");
+    sentence(
+        &incomplete,
+        &[],
+        "CUDA: the driver library lacks a function that CUDA 13.0 has",
+        "POLAR_E_NO_DRIVER",
+    );
+    sentence(
+        driver(),
+        &[("MOCK_FAIL", "cuInit 1 999")],
+        "CUDA: the driver does not start: CUDA_ERROR_UNKNOWN (999)",
+        "POLAR_E_NO_DRIVER",
+    );
+    // A GPU that is there and cannot be used is listed; the context opens.
+    let (gpu, only) = devices(&library, &program, driver(), &[("MOCK_CAPABILITY", "75")]);
+    assert_eq!(gpu, "cuda unusable Mock GPU: compute capability 7.5, 8.0 is needed");
+    assert_eq!(gpu, only);
+    let (gpu, _) = devices(&library, &program, driver(), &[]);
+    assert_eq!(gpu, "cuda usable Mock GPU");
+}

@@ -57,6 +57,13 @@ static void models(polar_context *ctx, polar_model *model) {
   EXPECT(POLAR_E_LIMIT, polar_model_load(ctx, "x", SIZE_MAX, NULL, NULL, NULL, &m, &err));
   EXPECT(POLAR_E_IO, polar_model_load(ctx, "/nowhere", 8, NULL, NULL, NULL, &m, &err));
   CHECK(err.os_code != 0);
+  polar_estimate estimate;
+  estimate.struct_size = sizeof estimate;
+  INVALID(polar_model_estimate(NULL, "x", 1, NULL, 0, NULL, NULL, &estimate, &err));
+  INVALID(polar_model_estimate(ctx, NULL, 1, NULL, 0, NULL, NULL, &estimate, &err));
+  INVALID(polar_model_estimate(ctx, "x", 1, NULL, 1, NULL, NULL, &estimate, &err));
+  INVALID(polar_model_estimate(ctx, "x", 1, NULL, 0, NULL, NULL, NULL, &err));
+  EXPECT(POLAR_E_IO, polar_model_estimate(ctx, "/nowhere", 8, NULL, 0, NULL, NULL, &estimate, &err));
   info.struct_size = sizeof info;
   INVALID(polar_model_get_info(NULL, &info, &err));
   INVALID(polar_model_get_info(model, NULL, &err));

@@ -11,6 +11,7 @@ mod gpu;
 mod host_device;
 mod linear;
 mod ops;
+mod ops_mlp;
 mod rows;
 mod selection;
 

@@ -23,7 +23,7 @@ fn shorts(bench: &Bench, v: &[u16]) -> Ptr {
     bench.raw(&v.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<_>>())
 }
 
-fn ints(bench: &Bench, v: &[i32]) -> Ptr {
+pub fn ints(bench: &Bench, v: &[i32]) -> Ptr {
     bench.words(&v.iter().map(|&x| x as u32).collect::<Vec<_>>())
 }
 
@@ -219,7 +219,7 @@ fn attention_plans_hundreds_of_sequences() {
 
 /// The error of a call that must be refused before it starts anything.
 #[track_caller]
-fn refused(result: polar_sparsity::Result<()>, status: Status, words: &[&str]) {
+pub fn refused(result: polar_sparsity::Result<()>, status: Status, words: &[&str]) {
     let error = result.expect_err("refused");
     assert_eq!(error.status, status, "{error}");
     for word in words {

@@ -5,7 +5,7 @@
 //
 // Environment: MOCK_DEVICES (1), MOCK_VERSION (13000), MOCK_CAPABILITY (90), MOCK_MEMORY (bytes, 1 GiB),
 // MOCK_FAIL ("name n code": the n-th call of that function answers with that code), MOCK_KERNELS (0: the
-// image has none for this device). With -DWITHOUT_FUNC_LOAD that function is missing.
+// image has none for this device). -DWITHOUT_VERSION and -DWITHOUT_FUNC_LOAD leave a function out.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,14 +73,16 @@ int enqueue(void* stream, Work work) {
     extern "C" int name(__VA_ARGS__) {                         \
         std::lock_guard<std::recursive_mutex> guard(lock);     \
         if (int code = planned(#name)) return code;            \
-        if (!initialised && strcmp(#name, "cuInit")) return NOT_INITIALIZED;
+        if (!initialised && strcmp(#name, "cuInit") && strcmp(#name, "cuGetErrorName")) return NOT_INITIALIZED;
 #define END return OK; }
 // What a recording stream forbids to its process.
 #define NOT_WHILE_RECORDING if (recording) return CAPTURE
 
-CALL(cuInit, unsigned) initialised = true; END
+CALL(cuInit, unsigned) if (!setting("MOCK_DEVICES", 1)) return NO_DEVICE; initialised = true; END
+#ifndef WITHOUT_VERSION
 CALL(cuDriverGetVersion, int* version) *version = (int)setting("MOCK_VERSION", 13000); END
-CALL(cuDeviceGetCount, int* n) *n = (int)setting("MOCK_DEVICES", 1); if (!*n) return NO_DEVICE; END
+#endif
+CALL(cuDeviceGetCount, int* n) *n = (int)setting("MOCK_DEVICES", 1); END
 CALL(cuDeviceGet, int* device, int i) if (i >= setting("MOCK_DEVICES", 1)) return INVALID_DEVICE; *device = i; END
 CALL(cuDeviceGetName, char* name, int n, int) snprintf(name, (size_t)n, "Mock GPU"); END
 CALL(cuDeviceTotalMem_v2, size_t* bytes, int) *bytes = (size_t)setting("MOCK_MEMORY", 1 << 30); END
@@ -97,7 +99,7 @@ CALL(cuDeviceGetAttribute, int* value, int which, int)
 END
 CALL(cuGetErrorName, int code, const char** name)
     *name = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : code == 100 ? "CUDA_ERROR_NO_DEVICE"
-          : code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : code == 701 ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES" : "CUDA_ERROR_MOCK";
+          : code == 999 ? "CUDA_ERROR_UNKNOWN" : code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : code == 701 ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES" : "CUDA_ERROR_MOCK";
 END
 
 CALL(cuDevicePrimaryCtxRetain, Context** out, int)

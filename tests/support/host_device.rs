@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
@@ -78,6 +78,10 @@ pub struct Host {
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
+    /// Bytes that `free_memory` speaks of before anything is taken.
+    pub capacity: AtomicU64,
+    /// Bytes taken now.
+    pub taken: AtomicU64,
 }
 
 impl Host {
@@ -88,6 +92,8 @@ impl Host {
             programs: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
+            capacity: AtomicU64::new(1 << 30),
+            taken: AtomicU64::new(0),
         }
     }
 
@@ -134,16 +140,18 @@ impl Device for Host {
         227 * 1024
     }
     fn free_memory(&self) -> Result<u64> {
-        Ok(1 << 30)
+        Ok(self.capacity.load(Ordering::Relaxed).saturating_sub(self.taken.load(Ordering::Relaxed)))
     }
     fn alloc(&self, bytes: u64) -> Result<Ptr> {
         let memory = vec![0xffu8; bytes as usize + 2 * GUARD];
         let at = (memory.as_ptr() as u64 + GUARD as u64 / 2).next_multiple_of(256);
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
         self.memory.lock().unwrap().insert(at, memory);
         Ok(Ptr(at))
     }
     fn free(&self, at: Ptr) {
-        assert!(self.memory.lock().unwrap().remove(&at.0).is_some(), "freed twice");
+        let memory = self.memory.lock().unwrap().remove(&at.0).expect("freed twice");
+        self.taken.fetch_sub((memory.len() - 2 * GUARD) as u64, Ordering::Relaxed);
     }
     fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()> {
         // SAFETY: `to` lies in memory this device gave, long enough by the caller's contract.

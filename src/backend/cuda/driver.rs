@@ -6,14 +6,14 @@
 use super::device::Device;
 use super::launch::Launch;
 use super::library::{Library, WORKSPACE};
-use super::module::Module;
+use super::module::{Module, missing_kernels};
 use super::params::{LinearParams, Ptr};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::c_int;
 use std::fmt::Display;
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
@@ -82,7 +82,7 @@ pub fn count() -> Result<u32> {
     if FATBIN.is_none() {
         return Err(Error::unsupported("CUDA: this build has no kernels"));
     }
-    let probe = catch_unwind(|| {
+    with_driver(|| {
         // SAFETY: looks for the library; loads nothing that could fail later.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::new(
@@ -93,7 +93,13 @@ pub fn count() -> Result<u32> {
         let (mut version, mut n) = (0, 0);
         // SAFETY: plain queries into local variables.
         unsafe {
-            check("CUDA: the driver does not start", sys::cuInit(0))?;
+            match sys::cuInit(0) {
+                CUresult::CUDA_ERROR_NO_DEVICE => {
+                    return Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver finds no GPU"));
+                }
+                started => check("CUDA: the driver does not start", started)
+                    .map_err(|e| Error { status: Status::E_NO_DRIVER, ..e })?,
+            }
             check("CUDA: driver version", sys::cuDriverGetVersion(&mut version))?;
             check("CUDA: devices", sys::cuDeviceGetCount(&mut n))?;
         }
@@ -110,9 +116,15 @@ pub fn count() -> Result<u32> {
             ));
         }
         Ok(n as u32)
-    });
-    probe
-        .unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
+    })
+}
+
+/// Runs what calls the driver. Its functions are looked up when they are called; a missing one panics.
+pub(super) fn with_driver<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+        let why = "CUDA: the driver library lacks a function that CUDA 13.0 has";
+        Err(Error::new(Status::E_NO_DRIVER, why))
+    })
 }
 
 /// A device the driver lists.
@@ -126,6 +138,8 @@ pub struct Found {
     pub memory_total: u64,
     /// Identifier, as `nvidia-smi -L` prints it.
     pub uuid: String,
+    /// Why it cannot be used, if it cannot.
+    pub unusable: Option<String>,
 }
 
 /// What the driver says of device `ordinal`, without opening it.
@@ -156,6 +170,7 @@ pub fn describe(ordinal: u32) -> Result<Found> {
             compute_capability: (10 * major + minor) as u32,
             memory_total: total as u64,
             uuid: format!("GPU-{}", parts.join("-")),
+            unusable: missing_kernels((10 * major + minor) as u32),
         })
     }
 }
@@ -163,6 +178,10 @@ pub fn describe(ordinal: u32) -> Result<Found> {
 impl Driver {
     /// Opens device `ordinal`.
     pub fn open(ordinal: u32) -> Result<Driver> {
+        with_driver(|| Driver::open_device(ordinal))
+    }
+
+    fn open_device(ordinal: u32) -> Result<Driver> {
         let n = count()?;
         if ordinal >= n {
             return Err(Error::invalid(format!("CUDA device {ordinal}: the driver lists {n}")));
@@ -188,11 +207,8 @@ impl Driver {
             use sys::CUdevice_attribute as A;
             let major = driver.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = driver.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            if major < 8 {
-                return Err(Error::unsupported(format!(
-                    "{}: compute capability {major}.{minor}, 8.0 is needed",
-                    driver.name
-                )));
+            if let Some(why) = missing_kernels((10 * major + minor) as u32) {
+                return Err(Error::unsupported(format!("{}: {why}", driver.name)));
             }
             driver.multiprocessors = driver.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
             driver.shared_per_block =

@@ -8,6 +8,35 @@ use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::null_mut;
 
+/// What the image holds: `80`, `90a`, …, and `ptx80` where the driver can compile for newer GPUs.
+const ARCHS: &str = match option_env!("POLAR_FATBIN_ARCHS") {
+    Some(archs) => archs,
+    None => "",
+};
+
+/// Why a GPU of this compute capability (90 for 9.0) cannot run the kernels of this build, if it cannot.
+pub(super) fn missing_kernels(capability: u32) -> Option<String> {
+    let shown = format!("compute capability {}.{}", capability / 10, capability % 10);
+    if capability < 80 {
+        return Some(format!("{shown}, 8.0 is needed"));
+    }
+    let missing = !runs_on(ARCHS, capability);
+    missing.then(|| format!("{shown}, this build has kernels for {ARCHS}"))
+}
+
+fn runs_on(archs: &str, capability: u32) -> bool {
+    archs.split_whitespace().any(|arch| {
+        let number = |text: &str| text.parse().unwrap_or(u32::MAX);
+        match (arch.strip_prefix("ptx"), arch.strip_suffix('a')) {
+            (Some(oldest), _) => capability >= number(oldest),
+            // Features of one GPU only.
+            (_, Some(this)) => capability == number(this),
+            // Later members of the same family too.
+            _ => capability / 10 == number(arch) / 10 && capability >= number(arch),
+        }
+    })
+}
+
 /// Every kernel, in the context that was current when it was loaded.
 pub(super) struct Module {
     handle: sys::CUmodule,
@@ -118,5 +147,25 @@ impl Module {
             // SAFETY: see above.
             let _ = unsafe { sys::cuModuleUnload(std::mem::replace(&mut self.handle, null_mut())) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_run_on_their_family_and_ptx_on_all_that_is_newer() {
+        for (archs, runs, not) in [
+            ("90a", &[90][..], &[80, 91, 100][..]),
+            ("80", &[80, 86, 89], &[75, 90, 120]),
+            ("100 120", &[100, 103, 120, 121], &[80, 90, 110]),
+            ("80 90a 100 120 ptx80", &[80, 86, 89, 90, 91, 100, 110, 120, 130], &[75]),
+            ("", &[], &[80, 90]),
+        ] {
+            assert!(runs.iter().all(|&c| runs_on(archs, c)), "{archs}");
+            assert!(!not.iter().any(|&c| runs_on(archs, c)), "{archs}");
+        }
+        assert_eq!(missing_kernels(75).as_deref(), Some("compute capability 7.5, 8.0 is needed"));
     }
 }

@@ -6,7 +6,7 @@ use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
 use super::shape::Shape;
 use super::tables::Tables;
-use super::weights::{CudaRouters, CudaWeights};
+use super::weights::{CudaRouters, CudaWeights, LayerRouters};
 use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::Position;
@@ -122,7 +122,8 @@ impl<D: Device> CudaScratch<D> {
         limits: &Limits,
     ) -> Result<CudaScratch<D>> {
         let (s, k) = (&w.shape, &w.kernels);
-        if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
+        let r = r.map_or(&[][..], |r| &r.layers);
+        if r.iter().any(|l| l.rank > 0) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
         let group = s.heads / s.kv_heads;
@@ -161,6 +162,20 @@ impl<D: Device> CudaScratch<D> {
     }
 }
 
+/// Bytes of device memory that [`CudaScratch::new`] takes.
+pub(super) fn bytes(
+    s: &Shape,
+    k: &Kernels,
+    r: &[LayerRouters],
+    limits: &Limits,
+    position: &Position,
+) -> Result<u64> {
+    let tables = Tables::new(limits, s.layers, s.heads / s.kv_heads)?;
+    let mut p = Places::from(Ptr::NULL);
+    places(s, k, r, limits, position, &tables, &mut p);
+    Ok(p.used())
+}
+
 /// Most recorded steps kept; the oldest goes first.
 pub(super) const MAX_PROGRAMS: usize = 128;
 
@@ -172,10 +187,10 @@ impl<D: Device> Drop for CudaScratch<D> {
     }
 }
 
-fn places<D: Device>(
+fn places(
     s: &Shape,
     k: &Kernels,
-    r: Option<&CudaRouters<D>>,
+    r: &[LayerRouters],
     limits: &Limits,
     position: &Position,
     tables: &Tables,
@@ -198,7 +213,7 @@ fn places<D: Device>(
     }
     let mut scores = batch * s.kv_heads;
     let mut rank = 0;
-    for l in r.map_or(&[][..], |r| &r.layers) {
+    for l in r {
         if l.attn_rows > 0 {
             scores = scores.max(forward(l.attn_rows, d));
         }

@@ -2,13 +2,12 @@
 //! launches on its streams. The context is never changed, pushed only to unload, and not kept alive.
 
 use super::{Launcher, Ops};
-use crate::backend::cuda::driver::{check, count};
+use crate::backend::cuda::driver::{check, count, with_driver};
 use crate::backend::cuda::launch::Launch;
-use crate::backend::cuda::module::Module;
+use crate::backend::cuda::module::{Module, missing_kernels};
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUdevice_attribute as A};
 use std::ffi::c_void;
-use std::panic::catch_unwind;
 use std::ptr::null_mut;
 
 /// See the module.
@@ -35,12 +34,9 @@ impl HostContext {
     /// Loads the kernels into the calling thread's current context.
     pub fn of_thread() -> Result<HostContext> {
         if count()? == 0 {
-            return Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver lists no device"));
+            return Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver finds no GPU"));
         }
-        // The driver's functions are looked up as they are called; a missing one is a panic.
-        catch_unwind(HostContext::load).unwrap_or_else(|_| {
-            Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function"))
-        })
+        with_driver(HostContext::load)
     }
 
     fn load() -> Result<HostContext> {
@@ -64,11 +60,9 @@ impl HostContext {
                 .map(|()| value as u32)
         };
         let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        if major < 8 {
-            let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            return Err(Error::unsupported(format!(
-                "{name}: compute capability {major}.{minor}, 8.0 is needed"
-            )));
+        let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if let Some(why) = missing_kernels(10 * major + minor) {
+            return Err(Error::unsupported(format!("{name}: {why}")));
         }
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_per_block = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
