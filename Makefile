@@ -6,7 +6,7 @@
 # make install  PREFIX=/usr/local LIBDIR=$(PREFIX)/lib DESTDIR=
 # make lint     formatting and clippy
 # make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp
-# make bench-gpu  kernels and steps on a GPU
+# make bench-gpu  kernels and steps on a GPU: benches/results/<gpu>.jsonl; ARGS= names parts
 # make quality  perplexity of the trained models by density: fixtures/quality.md
 # make header   write include/polar_sparsity.h and the ABI lists anew
 # make clean
@@ -89,10 +89,11 @@ bench:
 	$(CARGO) bench --locked --bench cpu -- --out $(CURDIR)/benches/results/cpu.jsonl \
 	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf)
 
-# Kernels and whole steps on the first GPU.
+# Kernels and whole steps on the first GPU: benches/results/h200.jsonl, or as the GPU is called.
+# ARGS="attention steps llama-3.1-8b --append" for parts.
 bench-gpu:
 	@command -v nvcc >/dev/null || tools/cuda_toolchain.sh
-	$(CARGO) bench --locked --features cuda --bench gpu
+	$(CARGO) bench --locked --features cuda --bench gpu -- --results $(CURDIR)/benches/results $(ARGS)
 
 # Perplexity of the trained fixtures by density and kind of selection.
 quality:

@@ -35,7 +35,9 @@ template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
     auto find_rows = [&] {
         UNROLL for (int i = 0; i < 4 * MT; i++) {
             const uint32_t n = neuron0 + 4 * i + lane / 8;
-            row[i] = n < p.n ? (const T*)p.w + (uint64_t)(p.index ? p.index[n] : n) * p.k : nullptr;
+            row[i] = n >= p.n ? nullptr
+                : p.more && n >= p.first ? (const T*)p.more + (uint64_t)(n - p.first) * p.k
+                : (const T*)p.w + (uint64_t)(p.index ? p.index[n] : n) * p.k;
         }
     };
     auto issue_w = [&](uint32_t s) {

@@ -7,8 +7,6 @@
 #define PAGE_TOKENS 16
 // A page that no row is written to; a selection rule that applies to no sequence.
 #define NONE 0xffffffffu
-// Virtual pages that opening a segment of a sequence costs (see attention_decode.cu).
-#define SEGMENT_COST 2
 
 // Sum of `splits` fp32 matrices [rows][columns], one after another: what the products leave.
 struct Partial {
@@ -42,7 +40,8 @@ struct NormParams {
     float epsilon;
 };
 
-// Products into Partial [splits][rows][n].
+// Products into Partial [splits][rows][n]. linear_skinny takes a second matrix, whose rows are those
+// from `first` on: the router beside q, k and v.
 struct LinearParams {
     const void* x;          // T [rows][k]
     const void* w;          // T [n][k]; for linear_down and linear_tile_nn [k][n]
@@ -52,11 +51,28 @@ struct LinearParams {
     uint32_t n;
     uint32_t k;
     uint32_t splits;
+    const void* more;       // T [n - first][k], null: none
+    uint32_t first;
 };
 
-// Biases, q/k norms, rotation; q to `q`, K and V to their pages.
+// Which units each decode sequence keeps.
+struct SelectParams {
+    Partial logits;        // columns 0 .. units * per_unit of it
+    const void* bias;      // T [units * per_unit], null: none
+    const uint32_t* keep;  // [sequences] units to keep; 0: padding
+    uint16_t* selected;    // [sequences][units], the first keep[b] ascending
+    void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
+    uint32_t* nan_count;
+    uint32_t rows;         // stride of logits' splits
+    uint32_t sequences;
+    uint32_t units;
+    uint32_t per_unit;     // the router's rows per unit
+    uint32_t unit_width;   // multiple of 8
+};
+
+// Biases, q/k norms, rotation; q to `q`, K and V to their pages; and which heads to keep.
 struct QkvParams {
-    Partial qkv;            // columns (heads + 2 kv_heads) head_dim
+    Partial qkv;            // columns at least (heads + 2 kv_heads) head_dim
     const void* bias;       // T [columns], null: none
     const void* q_norm;     // T [head_dim], null: none
     const void* k_norm;
@@ -71,19 +87,7 @@ struct QkvParams {
     uint32_t head_dim;
     uint32_t norm_dim;  // dimensions of the model's head; the others are zero
     float epsilon;
-};
-
-// Which units each decode sequence keeps.
-struct SelectParams {
-    Partial logits;        // columns = routers' rows: units or units * group
-    const void* bias;      // T [columns], null: none
-    const uint32_t* keep;  // [sequences] units to keep
-    uint16_t* selected;    // [sequences][units], the first keep[b] ascending
-    void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
-    uint32_t* nan_count;
-    uint32_t rows;         // rows of the step, the stride of logits' splits
-    uint32_t units;
-    uint32_t unit_width;
+    SelectParams select;  // sequences 0: no selection; else by the blocks of the last y
 };
 
 // One query token per sequence against its pages.
@@ -96,10 +100,10 @@ struct DecodeParams {
     const uint32_t* skip;       // [sequences] leading tokens of that page outside the window
     const uint16_t* selected;   // [sequences][kv_heads], null: all
     const uint32_t* keep;       // [sequences] kv heads to compute
-    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + SEGMENT_COST)
+    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + segment_cost)
     void* out;                  // T [sequences][heads][head_dim]
     float* lse;                 // [sequences][heads] ln of the sum of exponentials, null: not wanted
-    float* parts;               // [workers][2][group][head_dim + 2]
+    float* parts;               // [workers][2][group][head_dim + 4]
     uint32_t* counters;         // [sequences][kv_heads], zero between launches
     uint64_t page_stride;       // bytes from a page to the next, and from a head of it to the next
     uint64_t head_stride;
@@ -109,6 +113,8 @@ struct DecodeParams {
     uint32_t kv_heads;
     uint32_t stages;            // loads under way per warp
     uint32_t min_pages;         // fewest virtual pages per worker
+    uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
+    uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
     float scale;                // of q k, times log2(e)
 };
 
@@ -127,6 +133,7 @@ struct PlanParams {
     uint32_t max_pages;       // pages of a sequence: what is longer is cut
     uint32_t table_stride;    // entries from a sequence's block table to the next
     uint32_t window;          // tokens, NONE: unlimited
+    uint32_t segment_cost;    // as in DecodeParams
 };
 
 // Operator level: zeros where decode attention writes nothing (plan.cu).
@@ -188,6 +195,7 @@ struct NeuronParams {
     Partial logits;         // columns at least n
     float* scores;          // [groups of this launch][n]
     const uint32_t* group;  // [rows]
+    const uint32_t* last_group;  // groups after *last_group have no rows; null: all have
     uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
     uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
     uint32_t* nan_count;

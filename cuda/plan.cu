@@ -33,7 +33,7 @@ DEVICE void attention(const PlanParams& p) {
             p.tokens[b] = tokens;
             p.skip[b] = start % PAGE_TOKENS;
             p.keep[b] = keep;
-            cost = keep * ((tokens + PAGE_TOKENS - 1) / PAGE_TOKENS + SEGMENT_COST);
+            cost = keep * ((tokens + PAGE_TOKENS - 1) / PAGE_TOKENS + p.segment_cost);
         }
         uint32_t sum = cost;  // of this lane and those below
         for (int m = 1; m < 32; m *= 2) {

@@ -35,8 +35,8 @@ DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
 // ---- order between kernels ---------------------------------------------------------------------
 
 // Kernels of a step are started before the one before them has ended (programmatic dependent launch),
-// so each one waits before it reads or writes anything another kernel touches; only weights and step
-// tables may be read earlier. Every kernel calls both, every block of it, before any return.
+// so each one waits before it reads or writes anything another kernel touches; only weights, step tables
+// and pages of earlier steps may be read earlier. Every kernel calls both, every block of it, before any return.
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -75,6 +75,11 @@ DEVICE uint32_t bits_of_float(float v) { return __float_as_uint(v); }
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
@@ -148,7 +153,7 @@ constexpr int TILE_ARRIVALS = 1;
 constexpr int TILE_ARRIVALS = 32;
 #endif
 
-// By one thread, before a sync_block() that comes before the first load.
+// By one thread, before a sync_warp() (or sync_block()) that comes before the first load.
 DEVICE void tile_init(TileBarrier* b) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(TILE_ARRIVALS) : "memory");
 #if __CUDA_ARCH__ >= 900

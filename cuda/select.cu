@@ -1,49 +1,8 @@
-// Which heads and neurons a decode step computes, from router logits. Exact: ties go to the lower
-// index, NaN sorts last and is counted; lists are ascending.
-#include "common.cuh"
+// Which neurons (and, as a kernel of its own, which heads) a decode step computes, from router logits.
+// Exact: ties go to the lower index, NaN sorts last and is counted; lists are ascending.
+#include "heads.cuh"
 
 namespace selection {
-
-// Block b = sequence b, a thread per unit (at most 256). A unit's score is its logit, or the largest of
-// its group's when the router has one row per query head. Its rank is the number of better units;
-// it stays when the rank is below keep[b]. Rows of unselected heads in `attention` become zero.
-template <class T> DEVICE void heads(const SelectParams& p) {
-    SHARED_BYTES(shared);
-    uint32_t* keys = (uint32_t*)shared;    // [256]
-    uint32_t* kept = keys + 256;           // [8] warps' counts
-    uint32_t* kept_flags = kept + 8;       // [256]
-    const uint32_t b = block_x(), unit = thread_index(), units = p.units, keep = p.keep[b];
-    uint32_t key = 0;
-    if (unit < units) {
-        const uint32_t each = p.logits.columns / units;
-        for (uint32_t i = 0; i < each; i++) {
-            const uint32_t column = unit * each + i;
-            float v = partial_at(p.logits, p.rows, b, column);
-            if (p.bias) v += to_float(((const T*)p.bias)[column]);
-            const uint32_t k = sort_key(v);
-            key = k > key ? k : key;
-        }
-        keys[unit] = key;
-        if (key == 0 && keep < units) atomic_add(p.nan_count, 1);
-    }
-    sync_block();
-    bool stays = false;
-    if (unit < units) {
-        uint32_t rank = 0;
-        for (uint32_t v = 0; v < units; v++) rank += keys[v] > key || (keys[v] == key && v < unit);
-        stays = rank < keep;
-    }
-    kept_flags[unit] = stays;
-    const uint32_t bits = vote(stays);
-    if (lane_index() == 0) kept[warp_index()] = count_bits(bits);
-    sync_block();
-    uint32_t place = count_bits(bits & ((1u << lane_index()) - 1));
-    for (int w = 0; w < warp_index(); w++) place += kept[w];
-    if (stays) p.selected[b * units + place] = (uint16_t)unit;
-    T* row = (T*)p.attention + (uint64_t)b * units * p.unit_width;
-    for (uint32_t i = thread_index(); i < units * p.unit_width; i += block_threads())
-        if (!kept_flags[i / p.unit_width]) row[i] = T{0};
-}
 
 // scores[group][j] = sum over the group's rows of max(logit[row][j], 0); NaN stays NaN.
 // Block (neurons, group) of 64 neurons by 4 quarters of the rows; logits are read once, from the L2.
@@ -52,6 +11,7 @@ DEVICE void scores(const NeuronParams& p) {
     float* quarters = (float*)shared;  // [4][64]
     const uint32_t place = thread_index() % 64, quarter = thread_index() / 64;
     const uint32_t j = block_x() * 64 + place, group = p.first_group + block_y();
+    if (p.last_group && group > *p.last_group) return;
     float score = 0;
     if (j < p.n) {
         UNROLL_BY(4) for (uint32_t r = quarter; r < p.rows; r += 4) {
@@ -80,7 +40,7 @@ DEVICE void neurons(const NeuronParams& p) {
     uint32_t* found = equals + words;            // [2] threshold prefix, still wanted
     const uint32_t group = p.first_group + block_x(), thread = thread_index(), threads = block_threads();
     const uint32_t keep = group == 0 ? p.keep0 : p.keep_other;
-    if (keep == NONE) return;
+    if (keep == NONE || (p.last_group && group > *p.last_group)) return;
 
     uint32_t nans = 0;
     const float* scores = p.scores + (uint64_t)block_x() * p.n;
@@ -204,7 +164,7 @@ DEVICE void neurons(const NeuronParams& p) {
 
 }  // namespace selection
 
-KERNEL(256, 1) select_heads_bf16(const GRID_CONSTANT SelectParams p) { begin_kernel(); selection::heads<bf16>(p); }
-KERNEL(256, 1) select_heads_f16(const GRID_CONSTANT SelectParams p) { begin_kernel(); selection::heads<f16>(p); }
+KERNEL(256, 1) select_heads_bf16(const GRID_CONSTANT SelectParams p) { begin_kernel(); heads::select<bf16>(p, block_x()); }
+KERNEL(256, 1) select_heads_f16(const GRID_CONSTANT SelectParams p) { begin_kernel(); heads::select<f16>(p, block_x()); }
 KERNEL(256, 1) neuron_scores(const GRID_CONSTANT NeuronParams p) { begin_kernel(); selection::scores(p); }
 KERNEL(1024, 1) select_neurons(const GRID_CONSTANT NeuronParams p) { begin_kernel(); selection::neurons(p); }

@@ -556,7 +556,7 @@ typedef struct {
   uint32_t router_rows;
   // Width of x, a multiple of 8. Not read with `logits`.
   uint32_t hidden_size;
-  // Elements of one KV head in `attention_out`: its query heads times head_dim.
+  // Elements of one KV head in `attention_out`, a multiple of 8: its query heads times head_dim.
   uint32_t group_width;
   // Must be 0.
   uint32_t reserved;
@@ -575,7 +575,7 @@ typedef struct {
   // the rest is not written.
   polar_device_ptr selected;
   // The attention's `out`, to be zeroed where heads are not kept (then the attention can run with
-  // `POLAR_OP_LEAVE_REST`); 0 = not wanted.
+  // `POLAR_OP_LEAVE_REST`), 16-byte aligned; 0 = not wanted.
   polar_device_ptr attention_out;
   // uint32, raised by one for every score that is NaN; 0 = not wanted.
   polar_device_ptr nan_count;

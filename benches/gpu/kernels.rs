@@ -42,30 +42,22 @@ fn lengths(rng: &mut Rng, batch: u32, context: u32, ragged: bool) -> Vec<u32> {
 
 /// Decode attention, head size 128.
 pub(crate) fn attention(gpu: &Gpu) {
-    // (heads, kv_heads, batch, context, density, ragged)
-    let cases = [
-        (32, 8, 1, 32768, 1.0, false),
-        (32, 8, 8, 2048, 1.0, false),
-        (32, 8, 64, 2048, 1.0, false),
-        (32, 8, 64, 2048, 0.625, false),
-        (32, 8, 64, 8192, 1.0, false),
-        (32, 8, 64, 8192, 0.625, false),
-        (32, 8, 32, 2048, 1.0, true),
-        (32, 8, 128, 2048, 1.0, true),
-        (32, 8, 128, 2048, 0.625, true),
-        (32, 32, 1, 2048, 1.0, false),
-        (32, 32, 8, 2048, 1.0, false),
-        (32, 32, 8, 2048, 0.5, false),
-        (32, 32, 64, 2048, 1.0, false),
-        (32, 32, 64, 2048, 0.5, false),
-        (32, 32, 64, 2048, 0.3, false),
-        (32, 32, 64, 2048, 1.0, true),
-        (32, 32, 64, 2048, 0.5, true),
-        (72, 72, 64, 1920, 1.0, false),
-        (72, 72, 64, 1920, 0.3, false),
-    ];
-    for case in cases {
-        attention_case(gpu, case);
+    // (heads, KV heads, densities): LLaMA-3.1-8B, then LLaMA-2-7B and OPT-6.7B.
+    for (heads, kv_heads, densities) in [(32, 8, [1.0, 0.625, 0.5]), (32, 32, [1.0, 0.5, 0.3])] {
+        for density in densities {
+            for (batch, context) in [(1, 2048), (1, 32_768), (8, 2048), (64, 2048), (64, 8192)] {
+                attention_case(gpu, (heads, kv_heads, batch, context, density, false));
+            }
+            for batch in [32, 64, 128] {
+                attention_case(gpu, (heads, kv_heads, batch, 2048, density, true));
+            }
+        }
+    }
+    for density in [1.0, 0.5, 0.3] {
+        attention_case(gpu, (72, 72, 64, 1920, density, false)); // OPT-66B
+    }
+    for density in [1.0, 0.75] {
+        attention_case(gpu, (28, 4, 64, 4096, density, false)); // Qwen2.5-7B
     }
 }
 
@@ -84,10 +76,9 @@ fn attention_case(
     let copies = gpu.copies(needed as u64).min((40u64 << 30) / layer_bytes).max(1);
     let pool = gpu.random(layer_bytes / 2 * copies, 1.0);
     let table = gpu.words(&rng.shuffled(pages));
-    let (mut first, mut prefix) = (vec![0], vec![0]);
+    let mut first = vec![0];
     for l in &lengths {
         first.push(first.last().unwrap() + l.div_ceil(16));
-        prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
     }
     let mut selected: Vec<u16> = vec![];
     for _ in 0..batch {
@@ -101,13 +92,22 @@ fn attention_case(
     let launch = k.decode();
     let (q, out) =
         (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
-    let [first, lengths_d, prefix, keep_d] =
-        [&first, &lengths, &prefix, &vec![keep; batch as usize]].map(|v| gpu.words(v));
+    let [first, lengths_d, keep_d] = [&first, &lengths, &vec![keep; batch as usize]].map(|v| gpu.words(v));
     let skip = gpu.words(&vec![0; batch as usize]);
     let selected = gpu.words(&packed);
-    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 2) * 4);
+    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    for min_pages in if batch == 1 { vec![4, 8, 16] } else { vec![6] } {
+    let settings = match (batch <= 8, ragged) {
+        (true, _) => vec![(6, 2), (4, 2), (12, 2), (24, 2), (6, 4)],
+        (_, true) => vec![(6, 2), (6, 0), (6, 1), (6, 3), (6, 5), (6, 8)],
+        _ => vec![(6, 2), (6, 4)],
+    };
+    for (min_pages, segment_cost) in settings {
+        let mut prefix = vec![0];
+        for l in &lengths {
+            prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + segment_cost));
+        }
+        let prefix = gpu.words(&prefix);
         let params = |i: u64| DecodeParams {
             q: q.at,
             kv: pool.at.offset(i * layer_bytes),
@@ -130,15 +130,17 @@ fn attention_case(
             kv_heads,
             stages: k.stages,
             min_pages,
+            segment_cost,
+            early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
         let kind = if ragged { "ragged" } else { "equal" };
         gpu.report(
             "attention_decode",
-            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages}"),
+            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages} cost {segment_cost}"),
             &format!(
-                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"stages":{}"#,
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"segment_cost":{segment_cost},"stages":{}"#,
                 k.stages
             ),
             us,
@@ -194,8 +196,9 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             n,
             k,
             splits,
+            ..LinearParams::default()
         };
-        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T, None).unwrap() {
             gpu.start(&launch, &params);
         }
     });
@@ -238,6 +241,7 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             scores: scores.at,
             logits: Partial { data: logits.at, splits, columns: n },
             group: group.at,
+            last_group: Ptr::NULL,
             index: index.at,
             masks: masks.at,
             nan_count: nan.at,
@@ -315,8 +319,27 @@ pub(crate) fn small(gpu: &Gpu) {
             head_dim: hd,
             ..QkvParams::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads), &qkv));
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, 0), &qkv));
         gpu.report("qkv", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        let (keep, selected, nan) =
+            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
+        let attention = gpu.room(2 * u64::from(rows * heads * hd));
+        let select = SelectParams {
+            logits: Partial { data: sums.at, splits, columns },
+            keep: keep.at,
+            selected: selected.at,
+            attention: attention.at,
+            nan_count: nan.at,
+            rows,
+            sequences: rows,
+            units: kv_heads,
+            per_unit: 1,
+            unit_width: hd * heads / kv_heads,
+            ..SelectParams::default()
+        };
+        let both = QkvParams { select, ..qkv };
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, kv_heads), &both));
+        gpu.report("qkv+select", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let act = ActivateParams {
             input: Partial { data: sums.at, splits: k.linear(rows, 2 * ffn, d).1, columns: 2 * ffn },
             out: out.at,
@@ -334,20 +357,7 @@ pub(crate) fn small(gpu: &Gpu) {
             us,
             0.0,
         );
-        let (keep, selected, nan) =
-            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
-        let select = SelectParams {
-            logits: Partial { data: sums.at, splits: k.linear(rows, kv_heads, d).1, columns: kv_heads },
-            keep: keep.at,
-            selected: selected.at,
-            attention: out.at,
-            nan_count: nan.at,
-            rows,
-            units: kv_heads,
-            unit_width: hd * heads / kv_heads,
-            ..SelectParams::default()
-        };
-        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows), &select));
+        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows, kv_heads), &select));
         gpu.report("select_heads", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, 0.0);
         product(gpu, "linear", "attention router", rows, kv_heads, d, None);
     }

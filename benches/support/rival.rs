@@ -1,8 +1,8 @@
 //! llama.cpp beside us: the same shapes, dtype and threads, in turn, in one run of the benchmark.
 //! `tools/rivals/llama_cpp.sh` builds its programs, `tools/rivals/make_gguf.py` makes its models.
 
-use super::random;
 use super::rig::{Rig, Shape};
+use super::shapes;
 use polar_sparsity::backend::WeightOptions;
 use polar_sparsity::sparsity::MlpMode;
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ pub fn compare(case: &Case, bench: &str, gguf: &str, threads: u32, quick: bool) 
             json!({"kind": "rival", "rival": "llama.cpp", "case": case.model, "missing": "make its gguf first"}),
         ];
     }
-    let rig = Rig::new(random::spec(case.model), threads, 0.1, WeightOptions::default()).expect("a model");
+    let rig = Rig::new(shapes::spec(case.model), threads, 0.1, WeightOptions::default()).expect("a model");
     let rounds = if quick { 1 } else { 3 };
     let mut lines = Vec::new();
     for (name, batch) in [("decode batch 1", 1), ("decode batch 8", 8), ("prefill 512", 0)] {

@@ -46,7 +46,7 @@ const Named kernels[] = {
 
 }  // namespace
 
-// 0: done. 1: no such kernel. 2: threads wait for each other for ever.
+// 0: done. 1: no such kernel. Others: see host::run.
 extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
                                  uint32_t seed, const void* params) {
     for (const Named& k : kernels) {
@@ -57,9 +57,15 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
         grid.threads = (int)threads;
         grid.shared_bytes = shared_bytes;
         grid.seed = seed;
-        return host::run(grid, [&] { k.entry(params); }) ? 0 : 2;
+        return host::run(grid, [&] { k.entry(params); });
     }
     return 1;
+}
+
+// Memory that the kernels before are still writing when the next launches begin; 0 bytes: none any more.
+extern "C" void polar_host_late(const void* at, uint64_t bytes) {
+    if (bytes == 0) host::late.clear();
+    else host::late.push_back({(const unsigned char*)at, (const unsigned char*)at + bytes});
 }
 
 // sizeof of each parameter struct, in the order of params.h.

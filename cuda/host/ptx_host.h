@@ -28,8 +28,8 @@ DEVICE int lane_index() { return host::self->index & 31; }
 DEVICE int warp_index() { return host::self->index >> 5; }
 
 DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() {}
-DEVICE void begin_kernel() {}
+DEVICE void wait_for_previous() { host::self->waited = true; }
+DEVICE void begin_kernel() { wait_for_previous(); }
 
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
@@ -75,6 +75,7 @@ DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }
 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 DEVICE float reciprocal_sqrt(float x) { return 1.0f / sqrtf(x); }
 
 struct bf16 { uint16_t bits; };
@@ -133,6 +134,7 @@ DEVICE void host_finish(const host::Copy& c) {
     else memset(c.target, 0, c.bytes);
 }
 DEVICE void host_issue(void* target, const void* source, uint32_t bytes, bool valid) {
+    host::check_source(source, valid ? bytes : 0);
     memset(target, 0xff, bytes);
     host::self->open.push_back({target, source, bytes, valid});
 }
@@ -170,6 +172,7 @@ DEVICE void tile_load(void* target, const void* source, uint32_t bytes, TileBarr
     if (lane_index() == 0) {
         HostTile* tile = host_tile(b);
         if (tile->pending) __builtin_trap();  // a stage loaded twice without a wait
+        host::check_source(source, bytes);
         memset(target, 0xff, bytes);
         tile->copy = {target, source, bytes, !tile->copy.valid};
         tile->pending = true;

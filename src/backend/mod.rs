@@ -149,10 +149,13 @@ pub trait Backend: Send + Sync + 'static {
     /// Token (and learned position) embeddings into the residual stream.
     fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()>;
 
-    /// Attention norm, QKV products, q/k norms, rotation; K and V of every head into the pages.
+    /// Attention norm, QKV products, q/k norms, rotation; K and V of every head into the pages. A backend
+    /// may run the layer's attention router and selection here as well, from the routers that `route`
+    /// will be given.
     fn project(
         &self,
         w: &Self::Weights,
+        r: Option<&Self::Routers>,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
         step: &Step,

@@ -105,7 +105,7 @@ pub struct polar_op_head_selection {
     pub router_rows: u32,
     /// Width of x, a multiple of 8. Not read with `logits`.
     pub hidden_size: u32,
-    /// Elements of one KV head in `attention_out`: its query heads times head_dim.
+    /// Elements of one KV head in `attention_out`, a multiple of 8: its query heads times head_dim.
     pub group_width: u32,
     /// Must be 0.
     pub reserved: u32,
@@ -124,7 +124,7 @@ pub struct polar_op_head_selection {
     /// the rest is not written.
     pub selected: polar_device_ptr,
     /// The attention's `out`, to be zeroed where heads are not kept (then the attention can run with
-    /// `POLAR_OP_LEAVE_REST`); 0 = not wanted.
+    /// `POLAR_OP_LEAVE_REST`), 16-byte aligned; 0 = not wanted.
     pub attention_out: polar_device_ptr,
     /// uint32, raised by one for every score that is NaN; 0 = not wanted.
     pub nan_count: polar_device_ptr,

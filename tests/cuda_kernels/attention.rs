@@ -88,6 +88,7 @@ struct Case {
     window: usize,
     multiprocessors: u32,
     min_pages: u32,
+    early: bool,
 }
 
 /// The output as bytes and the reference.
@@ -156,7 +157,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         prefix: bench.words(&prefix),
         out,
         lse,
-        parts: bench.room(launch.grid.0 as usize * 2 * c.group * (c.hd + 2) * 4),
+        parts: bench.room(launch.grid.0 as usize * 2 * c.group * (c.hd + 4) * 4),
         counters,
         page_stride: page,
         head_stride: page / c.kv_heads as u64,
@@ -166,7 +167,20 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         kv_heads: c.kv_heads as u32,
         stages: k.stages.min(3),
         min_pages: c.min_pages,
+        segment_cost: SEGMENT_COST,
+        early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),
+    };
+    // The newest page of each sequence is being written until the kernel has waited, or all pages are.
+    let page_bytes = (c.kv_heads * 32 * c.hd * 2) as u64;
+    *bench.late.lock().unwrap() = match c.early {
+        true => cache
+            .tables
+            .iter()
+            .flat_map(|t| t.last())
+            .map(|&p| (params.kv.offset(u64::from(p) * page_bytes), page_bytes))
+            .collect(),
+        false => vec![(params.kv, 2 * cache.pool.len() as u64)],
     };
     bench.start(&launch, &params);
     let got = bench.read_half(out, expected.len(), c.dtype);
@@ -199,6 +213,7 @@ fn case() -> Case {
         window: usize::MAX,
         multiprocessors: 3,
         min_pages: 4,
+        early: true,
     }
 }
 
@@ -239,16 +254,40 @@ fn decode_ragged_long_among_ones() {
 
 #[test]
 fn decode_window() {
-    for window in [1, 5, 16, 40] {
-        decode(&Bench::new(0), &Case { window, lengths: vec![1, 16, 17, 100], group: 2, ..case() });
+    for (window, early) in [(1, true), (5, false), (16, true), (40, true)] {
+        decode(&Bench::new(0), &Case { window, early, lengths: vec![1, 16, 17, 100], group: 2, ..case() });
     }
 }
 
 #[test]
 fn decode_all_selected_is_dense_bit_for_bit() {
     let dense = decode(&Bench::new(0), &case());
-    let all = decode(&Bench::new(0), &Case { keep: vec![3; 7], ..case() });
-    assert!(dense == all);
+    for early in [false, true] {
+        let all = decode(&Bench::new(0), &Case { keep: vec![3; 7], early, ..case() });
+        assert!(dense == all);
+    }
+    assert!(dense == decode(&Bench::new(0), &Case { early: false, ..case() }));
+}
+
+/// More parts than are merged at once, and more sequences than one look at the table finds.
+#[test]
+fn decode_many_parts_and_many_sequences() {
+    for (hd, group) in [(64, 1), (128, 4), (256, 2), (80, 16)] {
+        let c = Case {
+            hd,
+            group,
+            kv_heads: 1,
+            lengths: vec![16 * 40 + 3],
+            multiprocessors: 20,
+            min_pages: 1,
+            ..case()
+        };
+        decode(&Bench::new(3), &c);
+    }
+    for n in [31, 32, 33, 64, 65, 1030] {
+        let lengths = (0..n).map(|i| if i % 5 == 1 { 0 } else { 1 + i * 7 % 40 }).collect();
+        decode(&Bench::new(0), &Case { lengths, kv_heads: 1, multiprocessors: 4, min_pages: 1, ..case() });
+    }
 }
 
 #[test]

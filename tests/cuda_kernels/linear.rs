@@ -64,6 +64,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
             n,
             k: kk,
             splits,
+            ..Default::default()
         },
     );
     let parts = bench.read_floats(out, count);
@@ -106,6 +107,33 @@ fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
         orders(|b| {
             product(b, &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) })
+        });
+    }
+}
+
+#[test]
+fn skinny_products_of_two_matrices_are_those_of_one() {
+    const T: DType = DType::BF16;
+    let k = Kernels::new(T, 64, 1, 5, 227 * 1024).unwrap();
+    for (rows, n, first) in [(1u32, 72u32, 64u32), (9, 70, 65), (33, 200, 1), (3, 12, 8), (64, 136, 135)] {
+        orders(|bench| {
+            let (mut rng, kk) = (Rng(u64::from(n)), 264u32);
+            let x = bench.half(&rng.vector((rows * kk) as usize, 1.0, T), T);
+            let w = rng.vector((n * kk) as usize, 0.1, T);
+            let (launch, splits) = k.linear(rows, n, kk);
+            let bytes = (4 * splits * rows * n) as usize;
+            let run = |w: &[f64], more: &[f64]| {
+                let out = bench.room(bytes);
+                let more = if more.is_empty() { Ptr::NULL } else { bench.half(more, T) };
+                let w = bench.half(w, T);
+                let params =
+                    LinearParams { x, w, out, rows, n, k: kk, splits, more, first, ..Default::default() };
+                bench.start(&launch, &params);
+                bench.bytes(out, bytes)
+            };
+            let (one, (low, high)) = (run(&w, &[]), w.split_at((first * kk) as usize));
+            assert!(one == run(low, high), "{rows} rows, {first} of {n}");
+            one
         });
     }
 }

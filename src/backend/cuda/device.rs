@@ -4,6 +4,7 @@ use super::launch::Launch;
 use super::params::{LinearParams, Params, Ptr};
 use crate::dtype::DType;
 use crate::error::Result;
+use std::ptr::NonNull;
 
 /// A device with one stream. Calls take effect in the order they are made.
 pub trait Device: Send + Sync + 'static {
@@ -24,13 +25,34 @@ pub trait Device: Send + Sync + 'static {
     fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
     /// Device to host; waits.
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    /// Host memory that `send` and `fetch` may use while the host goes on, at least 16-byte aligned.
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
+    /// Gives it back. Only addresses `alloc_host` gave, with no copy under way.
+    fn free_host(&self, at: NonNull<u8>);
+    /// Starts a copy to the device from memory `alloc_host` gave, which must stay and not change until
+    /// a mark set later is reached.
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    /// Starts a copy from the device to memory `alloc_host` gave, to be read once the device has finished.
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    /// Sets a mark behind everything started so far; `old`: a mark to use again, 0: a new one.
+    fn mark(&self, old: u64) -> Result<u64>;
+    /// Waits until everything before the mark is done.
+    fn reached(&self, mark: u64) -> Result<()>;
+    /// Drops a mark.
+    fn unmark(&self, mark: u64);
     /// Fills with zero bytes.
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     /// Starts a kernel. `params` are the bytes of its parameter struct.
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
-    /// Starts a product of many rows by a vendor's library, sums in one part; `transposed`: the matrix
-    /// is stored `[k, n]`. False: there is none, use a kernel.
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+    /// Starts a product by a vendor's library, sums in one part; `transposed`: the matrix is stored
+    /// `[k, n]`; `own`: our kernel for it, which may turn out faster. False: use that kernel.
+    fn product(
+        &self,
+        params: &LinearParams,
+        transposed: bool,
+        dtype: DType,
+        own: Option<&Launch>,
+    ) -> Result<bool>;
     /// Waits for everything started.
     fn synchronize(&self) -> Result<()>;
 
@@ -39,8 +61,10 @@ pub trait Device: Send + Sync + 'static {
 
     /// Starts recording launches instead of running them; false: cannot.
     fn record(&self) -> Result<bool>;
-    /// Ends recording; the recorded launches as a program of this device.
+    /// Ends recording; the recorded launches as a program of this device, ready to run.
     fn recorded(&self) -> Result<u64>;
+    /// Ends a recording, if one is open, and drops it.
+    fn unrecord(&self);
     /// Runs a recorded program.
     fn replay(&self, program: u64) -> Result<()>;
     /// Drops a recorded program.
@@ -74,13 +98,21 @@ forward! {
     fn free(&self, at: Ptr);
     fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
+    fn free_host(&self, at: NonNull<u8>);
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    fn mark(&self, old: u64) -> Result<u64>;
+    fn reached(&self, mark: u64) -> Result<()>;
+    fn unmark(&self, mark: u64);
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType, own: Option<&Launch>) -> Result<bool>;
     fn synchronize(&self) -> Result<()>;
     fn finished(&self, timeout_ns: u64) -> Result<bool>;
     fn record(&self) -> Result<bool>;
     fn recorded(&self) -> Result<u64>;
+    fn unrecord(&self);
     fn replay(&self, program: u64) -> Result<()>;
     fn forget(&self, program: u64);
 }

@@ -1,11 +1,13 @@
-//! A GPU through NVIDIA's driver, loaded at run time: primary context, one stream, one module.
+//! A GPU through NVIDIA's driver, loaded at run time: primary context, one stream, one module, and a
+//! second stream that work is only ever recorded on, so that a recording takes nothing that another
+//! thread starts meanwhile.
 //!
 //! The primary context is pushed at each entry and popped on the way out, so a host's own current
 //! context is left as it was. The device is never reset.
 
 use super::device::Device;
 use super::launch::Launch;
-use super::library::{Library, WORKSPACE};
+use super::library::{Contest, Library, WORKSPACE};
 use super::module::{Module, missing_kernels};
 use super::params::{LinearParams, Ptr};
 use crate::dtype::DType;
@@ -14,7 +16,8 @@ use cudarc::driver::sys::{self, CUresult};
 use std::ffi::c_int;
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr::null_mut;
+use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 #[cfg(polar_kernels)]
@@ -25,17 +28,68 @@ pub(super) static FATBIN: Option<&[u8]> = None;
 /// Oldest CUDA version a driver must speak: the one the kernels were compiled with.
 const CUDA_NEEDED: c_int = 13000;
 
+/// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
+/// may use is leaked, since the driver would wait for it without end.
+const RELEASE_WAIT_NS: u64 = 10_000_000_000;
+/// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
+/// library's first proposal is good and a comparison would hold up a prompt.
+const TIMED_ROWS: u32 = 256;
+
 /// A GPU.
 pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    recorder: sys::CUstream,
+    /// The thread that records, 0: none.
+    recording: AtomicUsize,
     module: Option<Module>,
     name: String,
     multiprocessors: u32,
     shared_per_block: u32,
     library: Option<Library>,
     workspace: u64,
+    /// Work did not end within [`RELEASE_WAIT_NS`].
+    stuck: AtomicBool,
+    /// Products are chosen by time.
+    timed: bool,
+}
+
+/// Some number of this thread, not 0.
+fn this_thread() -> usize {
+    thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| &raw const *here as usize)
+}
+
+/// Memory larger than the caches, written to empty them; none where there is not that much.
+struct Flush(u64);
+
+const FLUSH_BYTES: usize = 128 << 20;
+
+impl Flush {
+    fn new() -> Flush {
+        let mut at = 0;
+        // SAFETY: out-parameter is local; on an error it stays 0.
+        let _ = unsafe { sys::cuMemAlloc_v2(&mut at, FLUSH_BYTES) };
+        Flush(at)
+    }
+
+    fn run(&self, stream: sys::CUstream) -> Result<()> {
+        if self.0 == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range was allocated above.
+        check("flush", unsafe { sys::cuMemsetD8Async(self.0, 0, FLUSH_BYTES, stream) })
+    }
+}
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        if self.0 != 0 {
+            // SAFETY: allocated above, in the context that is still current.
+            let _ = unsafe { sys::cuMemFree_v2(self.0) };
+        }
+    }
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -190,12 +244,16 @@ impl Driver {
             device: 0,
             context: null_mut(),
             stream: null_mut(),
+            recorder: null_mut(),
+            recording: AtomicUsize::new(0),
             module: None,
             name: String::new(),
             multiprocessors: 0,
             shared_per_block: 0,
             library: None,
             workspace: 0,
+            stuck: AtomicBool::new(false),
+            timed: true,
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -219,6 +277,7 @@ impl Driver {
             let _entered = driver.enter()?;
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
+            check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
             driver.module = Some(Module::load(&driver.name, driver.shared_per_block, major >= 9)?);
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
@@ -244,6 +303,42 @@ impl Driver {
         // SAFETY: the context is retained for as long as `self` lives.
         check("CUDA context", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
         Ok(Entered)
+    }
+
+    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
+    fn is_quiet(&self) -> bool {
+        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
+        // An error means that nothing runs any more.
+        let quiet = !matches!(self.finished(wait), Ok(false));
+        self.stuck.store(!quiet, Ordering::Relaxed);
+        quiet
+    }
+
+    /// Where this thread's work goes now.
+    fn current(&self) -> sys::CUstream {
+        if self.recording.load(Ordering::Relaxed) == this_thread() { self.recorder } else { self.stream }
+    }
+
+    /// With `false`, a shape's product is done by cuBLASLt's first proposal, untimed: slower at some
+    /// shapes, but a model's bits do not depend on what was faster in this process. Products chosen so
+    /// far are forgotten.
+    pub fn time_products(&mut self, timed: bool) {
+        self.timed = timed;
+        if let Some(library) = &mut self.library {
+            library.forget();
+        }
+    }
+
+    /// Microseconds of work on the stream, the caches cold: the median of a few runs.
+    fn time_cold(&self, flush: &Flush, work: &dyn Fn() -> Result<()>) -> Result<f32> {
+        let mut runs = [0.0; 5];
+        work()?;
+        for us in &mut runs {
+            flush.run(self.stream)?;
+            *us = 1e3 * self.time(work)?;
+        }
+        runs.sort_by(f32::total_cmp);
+        Ok(runs[runs.len() / 2])
     }
 
     /// The stream, for hosts that queue their own work beside it.
@@ -281,7 +376,7 @@ impl Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        if self.context.is_null() {
+        if self.context.is_null() || (!self.stream.is_null() && !self.is_quiet()) {
             return;
         }
         if let Ok(_entered) = self.enter() {
@@ -290,6 +385,9 @@ impl Drop for Driver {
                 if !self.stream.is_null() {
                     let _ = sys::cuStreamSynchronize(self.stream);
                     let _ = sys::cuStreamDestroy_v2(self.stream);
+                }
+                if !self.recorder.is_null() {
+                    let _ = sys::cuStreamDestroy_v2(self.recorder);
                 }
                 self.library = None;
                 if self.workspace != 0 {
@@ -336,9 +434,11 @@ impl Device for Driver {
     }
 
     fn free(&self, at: Ptr) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: `at` came from `alloc`; kernels that use it were started before on the stream,
-            // and the driver waits for them.
+            // and have ended.
             let _ = unsafe { sys::cuMemFree_v2(at.0) };
         }
     }
@@ -347,7 +447,7 @@ impl Device for Driver {
         let _entered = self.enter()?;
         // SAFETY: `from` is valid host memory; pageable memory is staged before the call returns.
         check("copy to the device", unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream)
+            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.current())
         })
     }
 
@@ -363,25 +463,105 @@ impl Device for Driver {
         }
     }
 
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        let _entered = self.enter()?;
+        let mut at = null_mut();
+        // SAFETY: out-parameter is local.
+        let result = unsafe { sys::cuMemHostAlloc(&mut at, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
+        check(format_args!("{bytes} bytes of page-locked host memory"), result)?;
+        NonNull::new(at.cast()).ok_or_else(|| Error::new(Status::E_DEVICE, "page-locked host memory: null"))
+    }
+
+    fn free_host(&self, at: NonNull<u8>) {
+        if let Ok(_entered) = self.enter() {
+            // SAFETY: `at` came from `alloc_host`, and no copy uses it by the trait's contract.
+            let _ = unsafe { sys::cuMemFreeHost(at.as_ptr().cast()) };
+        }
+    }
+
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: page-locked memory that stays until a mark behind this is reached.
+        check("copy to the device", unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.current())
+        })
+    }
+
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: page-locked memory that stays until the device has finished.
+        check("copy from the device", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.current())
+        })
+    }
+
+    fn mark(&self, old: u64) -> Result<u64> {
+        let _entered = self.enter()?;
+        let mut event = old as sys::CUevent;
+        let plain = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: an event made here, or by an earlier call and not dropped since.
+        unsafe {
+            if event.is_null() {
+                check("CUDA event", sys::cuEventCreate(&mut event, plain))?;
+            }
+            let set = check("CUDA event", sys::cuEventRecord(event, self.stream));
+            if set.is_err() && old == 0 {
+                let _ = sys::cuEventDestroy_v2(event);
+            }
+            set?;
+        }
+        Ok(event as u64)
+    }
+
+    fn reached(&self, mark: u64) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: `mark` made it, and it was not dropped.
+        check("device work", unsafe { sys::cuEventSynchronize(mark as sys::CUevent) })
+    }
+
+    fn unmark(&self, mark: u64) {
+        if let Ok(_entered) = self.enter() {
+            // SAFETY: as in `reached`; it is not used again.
+            let _ = unsafe { sys::cuEventDestroy_v2(mark as sys::CUevent) };
+        }
+    }
+
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()> {
         let _entered = self.enter()?;
         // SAFETY: the range was allocated by this device.
-        check("zero memory", unsafe { sys::cuMemsetD8Async(at.0, 0, bytes as usize, self.stream) })
+        check("zero memory", unsafe { sys::cuMemsetD8Async(at.0, 0, bytes as usize, self.current()) })
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
         let module = self.module.as_ref().ok_or_else(|| Error::invalid("the kernels are not loaded"))?;
         // SAFETY: this device's context is current and the stream its own.
-        unsafe { module.launch(launch, params, self.stream, true) }
+        unsafe { module.launch(launch, params, self.current(), true) }
     }
 
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
+    fn product(
+        &self,
+        params: &LinearParams,
+        transposed: bool,
+        dtype: DType,
+        own: Option<&Launch>,
+    ) -> Result<bool> {
         let _entered = self.enter()?;
-        match &self.library {
-            Some(library) => library.product(params, transposed, dtype, self.stream.cast()),
-            None => Ok(false),
+        let Some(library) = &self.library else { return Ok(false) };
+        let stream = self.current();
+        if let Some(known) = library.known(params, transposed, dtype, stream.cast())? {
+            return Ok(known);
         }
+        // A recording runs nothing, so nothing can be timed while it lasts.
+        let timed = self.timed && stream == self.stream && params.rows <= TIMED_ROWS;
+        let flush = timed.then(Flush::new);
+        let time = |work: &dyn Fn() -> Result<()>| match &flush {
+            Some(flush) => self.time_cold(flush, work),
+            None => Ok(f32::INFINITY),
+        };
+        let start_own = own.map(|launch| move || super::device::start(self, launch, params));
+        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &dyn Fn() -> Result<()>) };
+        library.choose(params, transposed, dtype, stream.cast(), timed.then_some(&contest))
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -409,23 +589,54 @@ impl Device for Driver {
 
     fn record(&self) -> Result<bool> {
         let _entered = self.enter()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // One at a time: who comes second runs without recording.
+        let free = self.recording.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
+        if free.is_err() {
+            return Ok(false);
+        }
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is this object's own.
-        check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) })?;
-        Ok(true)
+        let begun = check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.recorder, mode) });
+        if begun.is_err() {
+            self.recording.store(0, Ordering::Release);
+        }
+        begun.map(|()| true)
     }
 
     fn recorded(&self) -> Result<u64> {
         let _entered = self.enter()?;
         let (mut graph, mut exec) = (null_mut(), null_mut());
-        // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated.
+        // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated, the
+        // instance if it cannot be uploaded.
         unsafe {
-            check("graph capture", sys::cuStreamEndCapture(self.stream, &mut graph))?;
+            let ended = check("graph capture", sys::cuStreamEndCapture(self.recorder, &mut graph));
+            self.recording.store(0, Ordering::Release);
+            ended?;
             let made = check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
             let _ = sys::cuGraphDestroy(graph);
             made?;
+            // Else the first replay would pay for it.
+            if let Err(error) = check("graph upload", sys::cuGraphUpload(exec, self.stream)) {
+                let _ = sys::cuGraphExecDestroy(exec);
+                return Err(error);
+            }
         }
         Ok(exec as u64)
+    }
+
+    fn unrecord(&self) {
+        if let Ok(_entered) = self.enter() {
+            let mut graph = null_mut();
+            // SAFETY: ends the capture that `record` began; a capture that something has broken gives
+            // an error and no graph.
+            unsafe {
+                let _ = sys::cuStreamEndCapture(self.recorder, &mut graph);
+                if !graph.is_null() {
+                    let _ = sys::cuGraphDestroy(graph);
+                }
+            }
+        }
+        self.recording.store(0, Ordering::Release);
     }
 
     fn replay(&self, program: u64) -> Result<()> {
@@ -435,7 +646,9 @@ impl Device for Driver {
     }
 
     fn forget(&self, program: u64) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: as in `replay`; it is not used again.
             let _ = unsafe { sys::cuGraphExecDestroy(program as sys::CUgraphExec) };
         }

@@ -182,13 +182,18 @@ impl Kernels {
 
     /// Norms of `rows` rows.
     pub fn norm(&self, rows: u32, hidden: u32) -> Launch {
-        Launch { kernel: self.norm, grid: (rows, 1), threads: 512, shared: (32 + hidden) * 4 }
+        // A block of 1024 threads fills a multiprocessor's registers.
+        let most = if rows > self.multiprocessors { 512 } else { 1024 };
+        let threads = hidden.div_ceil(4).next_multiple_of(32).min(most);
+        Launch { kernel: self.norm, grid: (rows, 1), threads, shared: (32 + hidden) * 4 + 3 * hidden * 2 }
     }
 
-    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v).
-    pub fn qkv(&self, rows: u32, heads: u32) -> Launch {
+    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v); `router`: rows of the
+    /// router by which it selects heads as well, 0: none.
+    pub fn qkv(&self, rows: u32, heads: u32, router: u32) -> Launch {
         let y = (2 * self.multiprocessors / rows.max(1)).clamp(1, heads.div_ceil(8));
-        Launch { kernel: self.qkv, grid: (rows, y), threads: 256, shared: 0 }
+        let (selects, shared) = if router > 0 { (1, select_bytes(router)) } else { (0, 0) };
+        Launch { kernel: self.qkv, grid: (rows, y + selects), threads: 256, shared }
     }
 
     /// Activation of `n` neurons.
@@ -197,9 +202,9 @@ impl Kernels {
         Launch { kernel: self.activate, grid: (rows, y), threads: 256, shared: 0 }
     }
 
-    /// Head selection.
-    pub fn select_heads(&self, sequences: u32) -> Launch {
-        Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: (256 + 8 + 256) * 4 }
+    /// Head selection by `router` logits a sequence.
+    pub fn select_heads(&self, sequences: u32, router: u32) -> Launch {
+        Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: select_bytes(router) }
     }
 
     /// Tables of the decode attention from a host's own.
@@ -375,6 +380,10 @@ fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
 
 fn decode_fixed_bytes(head_dim: u32, group: u32) -> u32 {
     4 * group * head_dim * 4 + 2 * 4 * 16 * 4 + 16
+}
+
+fn select_bytes(router: u32) -> u32 {
+    (256 + 256 + 8 + router) * 4
 }
 
 fn neuron_bytes(n: u32) -> u32 {

@@ -7,6 +7,7 @@
 //! Weights, activations and cache are bf16 or f16 as the model is stored (f32 models become bf16);
 //! sums and the residual stream are f32.
 
+mod buckets;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -32,14 +33,14 @@ use super::step::Sampled;
 use super::{
     Backend, Caps, Footprint, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions,
 };
-use crate::error::{Error, Result, try_vec};
+use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Weights};
 use crate::sample;
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
 use memory::Memory;
-use params::{NONE, Ptr};
+use params::Ptr;
 use scratch::HostChoice;
 use shape::Shape;
 use std::sync::Arc;
@@ -85,24 +86,26 @@ impl<D: Device> Cuda<D> {
     fn count(w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) {
         let (units, ffn) = (w.spec.num_kv_heads, u64::from(w.spec.ffn_size));
         let piece = s.shape.layer_page_bytes() / s.shape.kv_heads as u64;
+        let layers = s.shape.layers as u64;
         s.counts.fill(Counts::default());
         s.kv_bytes = (0, 0);
-        for (i, seq) in step.seqs.iter().enumerate().take_while(|(_, q)| q.decode) {
-            let first = w.spec.window.map_or(0, |n| seq.context.saturating_sub(n));
-            let bytes = u64::from((seq.context - 1) / 16 + 1 - first / 16) * piece;
-            let c = &mut s.counts[i];
-            for layer in 0..s.shape.layers {
-                let run = if step.plan.attn_sparse(layer) { step.plan.attn_k(layer, i) } else { units };
-                c.attn_run += u64::from(run);
-                c.attn_total += u64::from(units);
-                s.kv_bytes.0 += u64::from(run) * bytes;
-                s.kv_bytes.1 += u64::from(units) * bytes;
-                c.mlp_run += match step.plan.mlp_rule(layer).of(seq.mlp) {
+        for layer in 0..s.shape.layers {
+            let rule = step.plan.mlp_rule(layer);
+            for (i, seq) in step.seqs.iter().enumerate().take_while(|(_, q)| q.decode) {
+                let c = &mut s.counts[i];
+                c.attn_run += u64::from(step.plan.attn_k(layer, i));
+                c.mlp_run += match rule.of(seq.mlp) {
                     Rule::TopK(k) if !w.spec.activation.gated() => u64::from(k).min(ffn),
                     _ => ffn,
                 };
-                c.mlp_total += ffn;
             }
+        }
+        for (c, seq) in s.counts.iter_mut().zip(&step.seqs).take_while(|(_, q)| q.decode) {
+            (c.attn_total, c.mlp_total) = (layers * u64::from(units), layers * ffn);
+            let first = w.spec.window.map_or(0, |n| seq.context.saturating_sub(n));
+            let bytes = u64::from((seq.context - 1) / 16 + 1 - first / 16) * piece;
+            s.kv_bytes.0 += c.attn_run * bytes;
+            s.kv_bytes.1 += c.attn_total * bytes;
         }
     }
 }
@@ -143,7 +146,7 @@ impl<D: Device> Backend for Cuda<D> {
             routers,
             page: shape.layer_page_bytes() * shape.layers as u64,
             scratch: match limits {
-                Some(limits) => scratch::bytes(&shape, &kernels, &layers, limits, &spec.position)?,
+                Some(limits) => scratch::bytes(&shape, &kernels, &layers, limits, &spec.position),
                 None => 0,
             },
         })
@@ -177,7 +180,7 @@ impl<D: Device> Backend for Cuda<D> {
     fn check_room(&self, w: &Self::Weights, r: Option<&Self::Routers>, limits: &Limits) -> Result<()> {
         let pages = self.page_bytes(w).saturating_mul(limits.pages as u64);
         let layers = r.map_or(&[][..], |r| &r.layers);
-        let scratch = scratch::bytes(&w.shape, &w.kernels, layers, limits, &w.spec.position)?;
+        let scratch = scratch::bytes(&w.shape, &w.kernels, layers, limits, &w.spec.position);
         memory::check_room(&*self.device, "KV pages and activations", pages.saturating_add(scratch))
     }
 
@@ -197,52 +200,60 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn begin(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
-        s.check(step, s.limits.pages)?;
+        // A host that gave up in the middle of a step left a recording open.
+        self.stop_recording(s);
+        s.check(step)?;
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
         }
         let tile = s.kernels.tile_tokens();
-        s.tables.fill(step, w.spec.num_kv_heads, w.spec.window, tile)?;
-        s.tables.upload(&*self.device, step)?;
+        s.tables.send(step, w.spec.num_kv_heads, w.spec.window, tile)?;
         self.device.zero(s.buffers.nan_count, 4)?;
         s.routed = None;
+        s.heads_selected = None;
         s.host_choices.fill(None);
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
     }
 
-    fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
-        self.run_embed(w, s, step)
+    fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, _: &Step) -> Result<()> {
+        self.stage(s, |s| self.run_embed(w, s))
     }
 
     fn project(
         &self,
         w: &Self::Weights,
+        r: Option<&Self::Routers>,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
         step: &Step,
         layer: usize,
     ) -> Result<()> {
-        layer_of(w, layer)?;
-        if layer == 0 && step.pages.iter().any(|&p| p as usize >= kv.pages) {
-            return Err(Error::invalid("step: a page is not in the cache"));
-        }
-        self.run_project(w, kv, s, step, layer)
+        self.stage(s, |s| {
+            layer_of(w, layer)?;
+            if s.limits.pages > kv.pages {
+                return Err(Error::invalid(format!(
+                    "the engine was made for {} pages, the cache has {}",
+                    s.limits.pages, kv.pages
+                )));
+            }
+            self.run_project(w, r, kv, s, step, layer)
+        })
     }
 
     fn route(
         &self,
         r: &Self::Routers,
         s: &mut Self::Scratch,
-        step: &Step,
+        _: &Step,
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        self.run_route(r, s, step, layer, site)
+        self.stage(s, |s| self.run_route(r, s, layer, site))
     }
 
     fn select(&self, s: &mut Self::Scratch, step: &Step, layer: usize, site: Site) -> Result<()> {
-        self.run_select(s, step, layer, site)
+        self.stage(s, |s| self.run_select(s, step, layer, site))
     }
 
     fn attend(
@@ -250,12 +261,14 @@ impl<D: Device> Backend for Cuda<D> {
         w: &Self::Weights,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
-        step: &Step,
+        _: &Step,
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        layer_of(w, layer)?;
-        self.run_attend(w, kv, s, step, layer, live)
+        self.stage(s, |s| {
+            layer_of(w, layer)?;
+            self.run_attend(w, kv, s, layer, live)
+        })
     }
 
     fn mlp(
@@ -266,12 +279,15 @@ impl<D: Device> Backend for Cuda<D> {
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        layer_of(w, layer)?;
-        self.run_mlp(w, s, step, layer, live)
+        self.stage(s, |s| {
+            layer_of(w, layer)?;
+            self.run_mlp(w, s, step, layer, live)
+        })
     }
 
-    fn logits(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
-        self.run_logits(w, s, step)
+    fn logits(&self, w: &Self::Weights, s: &mut Self::Scratch, _: &Step) -> Result<()> {
+        self.stage(s, |s| self.run_logits(w, s))?;
+        self.finish_recording(s)
     }
 
     fn sample(&self, s: &mut Self::Scratch, step: &Step, history: &dyn History) -> Result<()> {
@@ -309,9 +325,11 @@ impl<D: Device> Backend for Cuda<D> {
         Ok(())
     }
 
-    fn end(&self, _: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
+    fn end(&self, s: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
         report.clear();
-        Ok(())
+        // Tokens, log probabilities and the NaN count lie one after another.
+        let words = (s.buffers.nan_count.0 - s.buffers.token.0) as usize / 4 + 1;
+        s.results.fetch(s.buffers.token, words)
     }
 
     fn poll(&self, s: &mut Self::Scratch, step: &Step, report: &mut Report, timeout_ns: u64) -> Result<bool> {
@@ -320,16 +338,8 @@ impl<D: Device> Backend for Cuda<D> {
         }
         report.clear();
         let n = step.logit_rows.len();
-        // Tokens, log probabilities and the NaN count lie one after another.
-        let span = (s.buffers.nan_count.0 - s.buffers.token.0) as usize + 4;
-        let mut bytes = try_vec(span, 0u8, "sampled tokens")?;
-        self.device.copy_out(&mut bytes, s.buffers.token)?;
-        let word = |at: usize| {
-            let mut w = [0; 4];
-            w.copy_from_slice(&bytes[at..at + 4]);
-            w
-        };
-        let logprobs = (s.buffers.logprob.0 - s.buffers.token.0) as usize;
+        let results = s.results.words();
+        let logprobs = (s.buffers.logprob.0 - s.buffers.token.0) as usize / 4;
         for i in 0..n {
             if let Some(choice) = &s.host_choices[i] {
                 let mut sampled = choice.sampled;
@@ -338,18 +348,17 @@ impl<D: Device> Backend for Cuda<D> {
                 report.sampled.push(sampled);
                 continue;
             }
-            let logprob = f32::from_le_bytes(word(logprobs + 4 * i));
+            let logprob = f32::from_bits(results[logprobs + i]);
             report.sampled.push(Sampled {
-                token: u32::from_le_bytes(word(4 * i)),
+                token: results[i],
                 logprob: if logprob.is_nan() { 0.0 } else { logprob },
                 broken: logprob.is_nan(),
                 ..Sampled::default()
             });
         }
-        report.nan_scores = u64::from(u32::from_le_bytes(word(span - 4)));
+        report.nan_scores = u64::from(results[results.len() - 1]);
         report.counts.extend_from_slice(&s.counts[..step.seqs.len()]);
         (report.kv_bytes_read, report.kv_bytes_dense) = s.kv_bytes;
-        debug_assert!(report.nan_scores != u64::from(NONE));
         Ok(true)
     }
 

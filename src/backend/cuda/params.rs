@@ -53,28 +53,31 @@ params! {
         rows: u32, hidden: u32, epsilon: f32,
     }
     /// See the header.
-    LinearParams { x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32 }
-    /// See the header.
-    QkvParams {
-        qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
-        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32,
+    LinearParams {
+        x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32,
     }
     /// See the header.
     SelectParams {
         logits: Partial, bias: Ptr, keep: Ptr, selected: Ptr, attention: Ptr, nan_count: Ptr,
-        rows: u32, units: u32, unit_width: u32,
+        rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32,
+    }
+    /// See the header.
+    QkvParams {
+        qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
+        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32, select: SelectParams,
     }
     /// See the header.
     DecodeParams {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, lse: Ptr, parts: Ptr, counters: Ptr,
         page_stride: u64, head_stride: u64, q_stride: u64,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, scale: f32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, segment_cost: u32, early: u32, scale: f32,
     }
     /// See the header.
     PlanParams {
         lengths: Ptr, wanted: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, keep: Ptr, prefix: Ptr, counters: Ptr,
         sequences: u32, kv_heads: u32, max_pages: u32, table_stride: u32, window: u32,
+        segment_cost: u32,
     }
     /// See the header.
     ZeroParams { selected: Ptr, keep: Ptr, out: Ptr, lse: Ptr, kv_heads: u32, unit_width: u32, group: u32 }
@@ -93,7 +96,7 @@ params! {
     }
     /// See the header.
     NeuronParams {
-        logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
     }
     /// See the header.

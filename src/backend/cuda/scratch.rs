@@ -1,11 +1,12 @@
 //! Activations, sums, selections and tables of an engine on the device, sized once.
 
+use super::buckets::buckets;
 use super::device::Device;
 use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
-use super::memory::{Memory, Places};
+use super::memory::{HostWords, Memory, Places};
 use super::params::{Partial, Ptr};
 use super::shape::Shape;
-use super::tables::Tables;
+use super::tables::{self, Tables};
 use super::weights::{CudaRouters, CudaWeights, LayerRouters};
 use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
@@ -86,32 +87,33 @@ pub struct CudaScratch<D: Device> {
     _memory: Memory<D>,
     pub(super) limits: Limits,
     pub(super) buffers: Buffers,
-    pub(super) tables: Tables,
+    pub(super) tables: Tables<D>,
     pub(super) kernels: Kernels,
     pub(super) shape: Shape,
     pub(super) pending: Pending,
     pub(super) mode: Mode,
-    /// Recorded steps by key, oldest first; and the keys seen once.
+    /// Recorded steps by key, the one used last at the end; and keys seen once, oldest first.
     pub(super) programs: Vec<(u64, u64)>,
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
     pub(super) kv_bytes: (u64, u64),
     /// Layer whose router sums are in `scores`.
     pub(super) routed: Option<(usize, Partial)>,
-    /// Bias of that router.
-    pub(super) router_bias: Ptr,
+    /// Layer whose heads were selected together with its projection.
+    pub(super) heads_selected: Option<usize>,
     /// By entry of `Step::logit_rows`: what the host sampled.
     pub(super) host_choices: Vec<Option<HostChoice>>,
     pub(super) host_logits: Vec<f32>,
+    /// What the device answers: from `token` to `nan_count`.
+    pub(super) results: HostWords<D>,
     pub(super) sampler: sample::Scratch,
 }
 
-/// The largest sum a product of this shape leaves, in floats, over every row count that can occur.
-fn sums(rows: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
-    let rows = rows as u32;
-    let tiled = (SKINNY_ROWS + 1..=rows).step_by(64).chain([rows]);
-    let counts = (1..=rows.min(SKINNY_ROWS)).chain(tiled);
-    counts.map(|r| of(r) as usize * r as usize * n).max().unwrap_or(0)
+/// The largest sum a product of this shape leaves, in floats, over every row count that can occur:
+/// `rows` and `batch` are the most of a step, and each buckets of their own.
+fn sums(rows: usize, batch: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
+    let counts = buckets(rows).chain(buckets(batch));
+    counts.map(|r| of(r as u32) as usize * r * n).max().unwrap_or(0)
 }
 
 impl<D: Device> CudaScratch<D> {
@@ -127,10 +129,10 @@ impl<D: Device> CudaScratch<D> {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
         let group = s.heads / s.kv_heads;
-        let mut tables = Tables::new(limits, s.layers, group)?;
+        let mut tables = Tables::new(device, limits, s.layers, group)?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
-            let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
+            let buffers = places(s, k, r, limits, &w.spec.position, &mut p);
             (buffers, p.used() - at.0)
         };
         let memory = Memory::zeroed(device, lay(Ptr::NULL).1)?;
@@ -154,33 +156,31 @@ impl<D: Device> CudaScratch<D> {
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
             routed: None,
-            router_bias: Ptr::NULL,
+            heads_selected: None,
             host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
             host_logits: try_vec(s.vocab, 0.0, "logits")?,
+            results: HostWords::zeroed(device, (buffers.nan_count.0 - buffers.token.0) as usize / 4 + 1)?,
             sampler: sample::Scratch::new(s.vocab)?,
         })
     }
 }
 
 /// Bytes of device memory that [`CudaScratch::new`] takes.
-pub(super) fn bytes(
-    s: &Shape,
-    k: &Kernels,
-    r: &[LayerRouters],
-    limits: &Limits,
-    position: &Position,
-) -> Result<u64> {
-    let tables = Tables::new(limits, s.layers, s.heads / s.kv_heads)?;
+pub(super) fn bytes(s: &Shape, k: &Kernels, r: &[LayerRouters], limits: &Limits, position: &Position) -> u64 {
     let mut p = Places::from(Ptr::NULL);
-    places(s, k, r, limits, position, &tables, &mut p);
-    Ok(p.used())
+    places(s, k, r, limits, position, &mut p);
+    p.used()
 }
 
-/// Most recorded steps kept; the oldest goes first.
-pub(super) const MAX_PROGRAMS: usize = 128;
+/// Most recorded steps kept; the one used longest ago goes first. A server whose batch moves between 1
+/// and 256 has 15 buckets, times the few density settings it uses.
+pub(super) const MAX_PROGRAMS: usize = 64;
 
 impl<D: Device> Drop for CudaScratch<D> {
     fn drop(&mut self) {
+        if let Mode::Record(_) = self.mode {
+            self.device.unrecord();
+        }
         for (_, program) in &self.programs {
             self.device.forget(*program);
         }
@@ -193,11 +193,10 @@ fn places(
     r: &[LayerRouters],
     limits: &Limits,
     position: &Position,
-    tables: &Tables,
     p: &mut Places,
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
-    let forward = |n: usize, k_size: usize| sums(rows, |r| k.linear(r, n as u32, k_size as u32).1, n);
+    let forward = |n: usize, k_size: usize| sums(rows, batch, |r| k.linear(r, n as u32, k_size as u32).1, n);
     let (mut first, mut down) = (forward(s.first(), d), 0);
     if s.gated {
         down = forward(d, s.neurons);
@@ -209,13 +208,14 @@ fn places(
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
-        down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
+        down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
     let mut scores = batch * s.kv_heads;
-    let mut rank = 0;
+    let (mut rank, mut qkv) = (0, forward(s.qkv(), d));
     for l in r {
         if l.attn_rows > 0 {
-            scores = scores.max(forward(l.attn_rows, d));
+            let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
+            qkv = qkv.max(apart).max(forward(s.qkv() + l.attn_room(), d));
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
@@ -236,7 +236,7 @@ fn places(
         attention: p.take(rows * s.q(), 2),
         y: p.take(rows * s.neurons, 2),
         z: p.take(rows * rank, 2),
-        sums: p.take(forward(s.qkv(), d).max(first), 4),
+        sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(scores, 4),
         last: p.take(batch * d, 2),
@@ -251,10 +251,10 @@ fn places(
         selected: p.take(batch * s.kv_heads, 2),
         index: p.take(if has_mlp { s.neurons } else { 0 }, 4),
         masks: p.take(if has_mlp { (batch + 1) * words } else { 0 }, 4),
-        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 2), 4),
+        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
-        tables: p.take(tables.bytes() as usize, 1),
+        tables: p.take(tables::bytes(limits, s.layers, group) as usize, 1),
     }
 }
 
@@ -281,8 +281,8 @@ fn rotation<D: Device>(device: &D, inv_freq: &[f32], s: &Shape, positions: usize
 
 impl<D: Device> CudaScratch<D> {
     /// Whether a step fits what was sized.
-    pub(super) fn check(&self, step: &Step, pages: usize) -> Result<()> {
-        let rows = step.tokens.len();
+    pub(super) fn check(&self, step: &Step) -> Result<()> {
+        let (rows, pages) = (step.tokens.len(), self.limits.pages);
         let bad = |what: &str| Err(Error::invalid(format!("step: {what}")));
         if rows > self.limits.max_rows || step.positions.len() != rows {
             return bad("more rows than the engine was made for");
@@ -292,6 +292,15 @@ impl<D: Device> CudaScratch<D> {
         }
         if step.tokens.iter().any(|&t| t as usize >= self.shape.vocab) {
             return bad("a token is not in the vocabulary");
+        }
+        if let Some(places) = self.shape.learned_positions
+            && let Some(p) =
+                step.positions.iter().find(|&&p| (p + self.shape.position_offset) as usize >= places)
+        {
+            return Err(Error::invalid(format!(
+                "position {p}, the model has {}",
+                places - self.shape.position_offset as usize
+            )));
         }
         if step.logit_rows.iter().any(|&r| r as usize >= rows) {
             return bad("logits of a row that is not there");

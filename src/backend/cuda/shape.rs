@@ -28,7 +28,9 @@ pub(super) struct Shape {
     /// As stored here.
     pub(super) neurons: usize,
     pub(super) gated: bool,
+    /// Rows of the position table, and what is added to a position to find its row.
     pub(super) learned_positions: Option<usize>,
+    pub(super) position_offset: u32,
 }
 
 impl Shape {
@@ -66,6 +68,10 @@ impl Shape {
             learned_positions: match spec.position {
                 Position::Learned { offset } => Some(spec.max_positions as usize + offset as usize),
                 Position::Rope { .. } => None,
+            },
+            position_offset: match spec.position {
+                Position::Learned { offset } => offset,
+                Position::Rope { .. } => 0,
             },
         })
     }

@@ -114,7 +114,7 @@ impl Attention {
             keep: p.take(n, 4),
             prefix: p.take(n + 1, 4),
             counters: p.take(n * self.kv_heads as usize, 4),
-            parts: p.take(k.decode_workers() as usize * 2 * group * (self.head_dim as usize + 2), 4),
+            parts: p.take(k.decode_workers() as usize * 2 * group * (self.head_dim as usize + 4), 4),
         }
     }
 
@@ -162,6 +162,7 @@ impl Ops {
             max_pages: op.max_pages,
             table_stride: op.table_stride.max(op.max_pages),
             window: if op.window == 0 { NONE } else { op.window },
+            segment_cost: SEGMENT_COST,
         };
         Queue::new(launcher).go(&k.plan(op.sequences, op.kv_heads), &params)
     }
@@ -219,6 +220,9 @@ impl Ops {
             kv_heads: op.kv_heads,
             stages: k.stages,
             min_pages: DECODE_MIN_PAGES,
+            segment_cost: SEGMENT_COST,
+            // The host's pages may be written by what it queued just before.
+            early: 0,
             scale: scale * std::f32::consts::LOG2_E,
         };
         queue.go(&k.decode(), &params)

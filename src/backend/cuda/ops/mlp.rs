@@ -218,6 +218,7 @@ impl Ops {
             logits,
             scores: l.scores,
             group: l.group,
+            last_group: Ptr::NULL,
             index: op.index,
             masks: Ptr::NULL,
             nan_count: if op.nan_count == Ptr::NULL { l.nan_count } else { op.nan_count },
@@ -269,6 +270,7 @@ impl Ops {
             n: op.hidden,
             k: run,
             splits,
+            ..Default::default()
         };
         queue.go(&launch, &params)?;
         let sum = ActivateParams {
@@ -294,6 +296,6 @@ fn product(
     out: Ptr,
 ) -> Result<Partial> {
     let (launch, splits) = kernels.linear(rows, n, k);
-    queue.go(&launch, &LinearParams { x, w, index, out, rows, n, k, splits })?;
+    queue.go(&launch, &LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() })?;
     Ok(Partial { data: out, splits, columns: n })
 }

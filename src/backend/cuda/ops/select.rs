@@ -34,7 +34,7 @@ pub struct HeadSelection {
     pub keep: Ptr,
     /// u16 `[sequences][kv_heads]`
     pub selected: Ptr,
-    /// `[sequences][kv_heads][unit_width]`, zeroed where not selected; null: none.
+    /// `[sequences][kv_heads][unit_width]`, 16-byte aligned, zeroed where not selected; null: none.
     pub zero: Ptr,
     /// u32, raised by the number of NaN scores; null: not wanted.
     pub nan_count: Ptr,
@@ -92,10 +92,10 @@ impl Ops {
         pointer("keep", op.keep, 4)?;
         pointer("selected", op.selected, 2)?;
         optional("bias", op.bias, 2)?;
-        optional("attention_out", op.zero, 2)?;
+        optional("attention_out", op.zero, 16)?;
         optional("nan_count", op.nan_count, 4)?;
         if op.zero != Ptr::NULL {
-            count("group_width", op.unit_width, 1 << 16)?;
+            width("group_width", op.unit_width)?;
         }
         let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
         let queue = Queue::new(launcher);
@@ -112,6 +112,7 @@ impl Ops {
                 n: op.router_rows,
                 k: op.hidden,
                 splits,
+                ..Default::default()
             };
             queue.go(&launch, &params)?;
             Partial { data: l.sums, splits, columns: op.router_rows }
@@ -127,9 +128,11 @@ impl Ops {
             attention: op.zero,
             nan_count: if op.nan_count == Ptr::NULL { l.nan_count } else { op.nan_count },
             rows: op.sequences,
+            sequences: op.sequences,
             units: op.kv_heads,
+            per_unit: op.router_rows / op.kv_heads,
             unit_width: if op.zero == Ptr::NULL { 0 } else { op.unit_width },
         };
-        queue.go(&k.select_heads(op.sequences), &params)
+        queue.go(&k.select_heads(op.sequences, op.router_rows), &params)
     }
 }
