@@ -7,6 +7,8 @@
 #include "rows.cu"
 #include "select.cu"
 #include "plan.cu"
+#include "neurons.cu"
 #include "sample.cu"
+#include "sample_draw.cu"
 #include "transfer.cu"
 #include "synthetic.cu"

@@ -55,6 +55,20 @@ struct LinearParams {
     uint32_t first;
 };
 
+// Second product of a selective ReLU MLP, from the sums that the first one left.
+struct DownParams {
+    Partial up;             // columns k
+    const void* up_bias;    // T by neuron, null: none
+    const void* w;          // T [neurons][n]
+    const uint32_t* index;  // [k] neurons, complete before the kernel ahead of this one began
+    float* out;             // [splits][rows][n]
+    uint32_t rows;
+    uint32_t n;
+    uint32_t k;             // a multiple of 8
+    uint32_t valid;         // columns of `up` from here on count as zero
+    uint32_t splits;
+};
+
 // Which units each decode sequence keeps.
 struct SelectParams {
     Partial logits;        // columns 0 .. units * per_unit of it
@@ -190,6 +204,18 @@ struct ActivateParams {
     uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
 };
 
+// The MLP router's second product, as scores of the neurons.
+struct RouterParams {
+    const void* z;          // T [rows][rank]
+    const void* w;          // T [n][rank]
+    float* scores;          // [groups of this launch][n]
+    const uint32_t* group;  // [rows]: 0 sums its rows, every other group is one row, NONE: not wanted
+    uint32_t rows;
+    uint32_t n;
+    uint32_t rank;
+    uint32_t first_group;
+};
+
 // The neurons with the largest sums of positive logits over the rows of a group.
 struct NeuronParams {
     Partial logits;         // columns at least n
@@ -213,6 +239,67 @@ struct ArgmaxParams {
     float* logprob;       // of that token; NaN: no finite logit
     float* parts;         // [rows][blocks][3]
     uint32_t* counters;   // [rows], zero between launches
+    uint32_t vocab;
+};
+
+// Sampling (see sampling.cuh): bins of a row's first histogram, tokens of its list of candidates, most
+// alternatives a request asks for.
+#define SAMPLE_BINS 2048
+#define SAMPLE_LIST 4096
+#define MAX_LOGPROBS 20
+
+// What is wanted of one row of logits.
+struct SampleJob {
+    double uniform;        // in [0, 1): where to draw
+    uint32_t row;          // of logits and results
+    uint32_t occurrences;  // row of that table, NONE: no penalties
+    float repetition;
+    float presence;
+    float frequency;
+    float inverse;         // 1 / temperature
+    float floor;           // candidates have (logit - largest) * inverse at least this
+    float bin_scale;       // bins per unit of logit
+    uint32_t top_k;        // 0: all
+    float top_p;           // 1: all
+    uint32_t kind;         // 0 the likeliest after penalties, 1 draw, 2 list the top_k likeliest
+    uint32_t reserved;
+};
+
+// A job's state between kernels: zeros before and after a step.
+struct SampleState {
+    uint64_t best;     // largest key after penalties, with the token's complement below
+    uint64_t before;   // measure of the bins before `bin`
+    uint64_t total;    // of all bins
+    uint32_t bin;      // of the last token that stays
+    uint32_t listed;   // tokens in `list`, or more than fit
+    uint32_t arrived;  // blocks
+    uint32_t reserved;
+};
+
+struct SampleParams {
+    const float* logits;               // [rows][vocab]
+    const struct SampleJob* jobs;
+    const uint32_t* occurrences;       // [sequences][vocab]: bit 31 in the prompt, below how often in the output
+    const uint32_t* likeliest;         // [rows] what argmax left
+    const float* likeliest_logprob;
+    uint32_t* token;                   // [rows]
+    float* logprob;                    // [rows] of that token without penalties; NaN: no finite logit
+    uint32_t* top_token;               // [rows][MAX_LOGPROBS], likeliest first, then NONE
+    float* top_logprob;
+    struct SampleState* states;        // [jobs]
+    uint64_t* bins;                    // [jobs][SAMPLE_BINS], zero between steps
+    uint32_t* list;                    // [jobs][SAMPLE_LIST]
+    uint32_t vocab;
+    uint32_t index_bits;               // that hold a token
+    uint32_t first_job;                // of block 0
+    uint32_t reserved;
+};
+
+// New tokens of penalised sequences into the table of occurrences.
+struct CountParams {
+    const uint32_t* entries;  // [count][2]: row of the table, bit 31: in the prompt; token
+    uint32_t* occurrences;
+    uint32_t count;
     uint32_t vocab;
 };
 

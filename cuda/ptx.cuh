@@ -47,6 +47,13 @@ DEVICE void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// What a kernel before the one ahead of this one wrote, and that kernel waited for: see `linear_up` and
+// `mlp_down`. Past the multiprocessor's own cache, which may hold an older value.
+DEVICE uint32_t load_early(const uint32_t* p) { return __ldcg(p); }
+DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
+    const uint4 four = __ldcg((const uint4*)p);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+}
 DEVICE void begin_kernel() {
     let_next_start();
     wait_for_previous();
@@ -58,6 +65,9 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return atomicOr(p, v); }
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomicAdd((unsigned long long*)p, (unsigned long long)v); }
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) { return atomicMax((unsigned long long*)p, (unsigned long long)v); }
 
 // ---- warp exchange -----------------------------------------------------------------------------
 
@@ -65,8 +75,10 @@ DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mas
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
+DEVICE uint32_t warp_add(uint32_t v) { return __reduce_add_sync(~0u, v); }
 DEVICE int count_bits(uint32_t v) { return __popc(v); }
 DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
+DEVICE int highest_bit(uint64_t v) { return 63 - __clzll((long long)v); }  // of a number that is not 0
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
@@ -84,6 +96,8 @@ DEVICE float reciprocal_fast(float x) {
 }
 DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 DEVICE float log2_fast(float x) { return __log2f(x); }
+DEVICE float exp_exact(float x) { return expf(x); }  // to the last place or two, subnormal results kept
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // never fused with a sum
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };

@@ -2,6 +2,7 @@
 
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
+use polar_sparsity::backend::cuda::launch::{DownCut, MADE_ROWS};
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -18,7 +19,7 @@ impl Rng {
     fn unit(&mut self) -> f64 {
         (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
-    fn normal(&mut self) -> f64 {
+    pub(crate) fn normal(&mut self) -> f64 {
         (-2.0 * self.unit().max(1e-12).ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
     }
     fn shuffled(&mut self, n: u32) -> Vec<u32> {
@@ -171,8 +172,11 @@ pub(crate) fn products(gpu: &Gpu) {
 fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, stored: Option<u32>) {
     let kernels = gpu.kernels(128, 1);
     let down = kernel == "linear_down";
-    let (launch, splits) =
-        if down { kernels.linear_transposed(rows, n, k) } else { kernels.linear(rows, n, k) };
+    let (launch, splits) = match kernel {
+        "linear_down" => kernels.linear_transposed(rows, n, k),
+        "linear_up" => kernels.linear_up(rows, n, k),
+        _ => kernels.linear(rows, n, k),
+    };
     let bytes = u64::from(n) * u64::from(k) * 2;
     let matrix = stored.map_or(bytes, |s| bytes / u64::from(if down { k } else { n }) * u64::from(s));
     let copies = gpu.copies(bytes);
@@ -212,64 +216,181 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
     );
 }
 
-/// Selective up and down products, OPT-6.7B.
+/// The MLP's router chain and selective products, OPT-6.7B.
 pub(crate) fn selective_mlp(gpu: &Gpu) {
     let (d, ffn) = (4096, 16384);
     for rows in [1, 8, 16, 32, 64] {
-        for share in [0.1, 0.3, 0.5, 1.0] {
+        for share in [0.1, 0.2, 0.3, 0.5, 1.0] {
             let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
-            product(gpu, "linear", &format!("up {share}"), rows, kept, d, Some(ffn));
+            product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
+            for how in ["apart", "wide", "deep", "narrow"] {
+                if how == "apart" || rows <= MADE_ROWS {
+                    mlp(gpu, how, share, (rows, kept, d, ffn));
+                }
+            }
         }
     }
     for rows in [1, 8, 32, 64] {
-        let (r, n) = (1024, ffn);
-        product(gpu, "linear", "router down", rows, r, d, None);
-        product(gpu, "linear", "router up", rows, n, r, None);
+        let rank = 1024;
+        product(gpu, "linear", "router down", rows, rank, d, None);
         let k = gpu.kernels(128, 1);
-        let splits = k.linear(rows, n, r).1;
-        let logits = gpu.room(u64::from(rows) * u64::from(n) * 4 * u64::from(splits));
-        let (index, masks, group, nan) = (
-            gpu.room(4 * u64::from(n)),
-            gpu.room(4 * u64::from(n)),
-            gpu.room(4 * u64::from(rows)),
-            gpu.room(4),
+        let bytes = u64::from(ffn) * u64::from(rank) * 2;
+        let copies = gpu.copies(bytes);
+        let (w, z) = (gpu.random(bytes / 2 * copies, 0.02), gpu.random(u64::from(rows * rank), 1.0));
+        let (group, scores) = (gpu.room(4 * u64::from(rows)), gpu.room(4 * u64::from(ffn)));
+        let us = gpu.time(copies, |i| {
+            let params = RouterParams {
+                z: z.at,
+                w: w.at.offset(i * bytes),
+                scores: scores.at,
+                group: group.at,
+                rows,
+                n: ffn,
+                rank,
+                first_group: 0,
+            };
+            gpu.start(&k.router_scores(rows, ffn), &params);
+        });
+        let case = format!("{ffn}x{rank} B={rows}");
+        gpu.report(
+            "router_scores",
+            &case,
+            &format!(r#""rows":{rows},"n":{ffn},"k":{rank}"#),
+            us,
+            bytes as f64,
         );
-        let launch = k.select_neurons(1, n);
-        let scores = gpu.random(2 * u64::from(n), 1.0);
-        let params = NeuronParams {
-            scores: scores.at,
-            logits: Partial { data: logits.at, splits, columns: n },
-            group: group.at,
-            last_group: Ptr::NULL,
+        // Of these scores.
+        for keep in [1632, 4912] {
+            select(gpu, scores.at, ffn, keep, &format!("router's, B={rows}"));
+        }
+    }
+    for n in [16_384, 36_864] {
+        let mut rng = Rng(1);
+        let spread = |rng: &mut Rng, positive: f64| -> Vec<u32> {
+            (0..n)
+                .map(|_| if rng.unit() < positive { rng.normal().exp() as f32 } else { 0.0 })
+                .map(f32::to_bits)
+                .collect()
+        };
+        for (what, scores) in [
+            ("all positive", spread(&mut rng, 1.0)),
+            ("a tenth positive", spread(&mut rng, 0.1)),
+            ("all equal", vec![1.0f32.to_bits(); n as usize]),
+        ] {
+            select(gpu, gpu.words(&scores).at, n, n / 10 / 8 * 8, what);
+        }
+    }
+}
+
+fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {
+    let room = || gpu.room(4 * u64::from(n));
+    let (index, masks, nan) = (room(), room(), gpu.room(4));
+    let params = NeuronParams {
+        scores,
+        index: index.at,
+        masks: masks.at,
+        nan_count: nan.at,
+        n,
+        keep0: keep,
+        ..NeuronParams::default()
+    };
+    let launch = gpu.kernels(128, 1).select_neurons(1, n);
+    let us = gpu.time(1, |_| gpu.start(&launch, &params));
+    let case = format!("{keep} of {n}, {what}");
+    gpu.report(
+        "select_neurons",
+        &case,
+        &format!(r#""n":{n},"keep":{keep},"scores":"{what}""#),
+        us,
+        4.0 * f64::from(n),
+    );
+}
+
+/// Norm, up, activation and down of a layer one after another, as a step runs them.
+fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
+    let mut k = gpu.kernels(128, 1);
+    k.tuning.down = match how {
+        "deep" => DownCut::Deep,
+        "narrow" => DownCut::Narrow,
+        _ => DownCut::Wide,
+    };
+    let matrix = u64::from(ffn) * u64::from(d) * 2;
+    let copies = gpu.copies(2 * u64::from(kept) * u64::from(d) * 2);
+    let (up, down) = (gpu.random(matrix / 2 * copies, 0.02), gpu.random(matrix / 2 * copies, 0.02));
+    let mut list = Rng(3).shuffled(ffn)[..kept as usize].to_vec();
+    list.sort_unstable();
+    let index = gpu.words(&list);
+    let wide = u64::from(rows) * u64::from(d.max(kept)) * 4;
+    let [residual, h, y, sums, delta] = [1, 1, 1, 32, 32].map(|parts| gpu.room(parts * wide));
+    let weight = gpu.random(u64::from(d), 1.0);
+    let (up_launch, up_splits) = k.linear_up(rows, kept, d);
+    let (made_launch, made_splits) = k.mlp_down(d, kept);
+    let (down_launch, down_splits) = k.linear_transposed(rows, d, kept);
+    let splits = if how == "apart" { down_splits } else { made_splits };
+    let up_sums = Partial { data: sums.at, splits: up_splits, columns: kept };
+    let us = gpu.time(copies, |i| {
+        let norm = NormParams {
+            residual: residual.at,
+            delta: Partial { data: delta.at, splits, columns: d },
+            weight: weight.at,
+            bias: weight.at,
+            out: h.at,
+            rows,
+            hidden: d,
+            epsilon: 1e-5,
+            ..NormParams::default()
+        };
+        gpu.start(&k.norm(rows, d), &norm);
+        let (w_up, w_down) = (up.at.offset(i * matrix), down.at.offset(i * matrix));
+        let product = |x, w, out, n, k, splits| LinearParams {
+            x,
+            w,
             index: index.at,
-            masks: masks.at,
-            nan_count: nan.at,
+            out,
             rows,
             n,
-            keep0: 4096,
-            keep_other: 0,
-            first_group: 0,
+            k,
+            splits,
+            ..Default::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.neuron_scores(1, n), &params));
-        gpu.report(
-            "neuron_scores",
-            &format!("B={rows} n={n} splits {splits}"),
-            &format!(r#""rows":{rows}"#),
-            us,
-            0.0,
-        );
-        gpu.random_into(scores.at, 2 * u64::from(n));
-        let us = gpu.time(1, |_| gpu.start(&launch, &params));
-        let bytes = f64::from(rows) * f64::from(n) * 4.0 * f64::from(splits);
-        gpu.report(
-            "select_neurons",
-            &format!("B={rows} n={n} splits {splits}"),
-            &format!(r#""rows":{rows}"#),
-            us,
-            bytes,
-        );
-    }
+        gpu.start(&up_launch, &product(h.at, w_up, sums.at, kept, d, up_splits));
+        if how == "apart" {
+            let act = ActivateParams {
+                input: up_sums,
+                up_bias: Ptr::NULL,
+                index: index.at,
+                out: y.at,
+                rows,
+                n: kept,
+                valid: kept,
+                ..ActivateParams::default()
+            };
+            gpu.start(&k.activate(rows, kept), &act);
+            gpu.start(&down_launch, &product(y.at, w_down, delta.at, d, kept, down_splits));
+        } else {
+            let params = DownParams {
+                up: up_sums,
+                up_bias: Ptr::NULL,
+                w: w_down,
+                index: index.at,
+                out: delta.at,
+                rows,
+                n: d,
+                k: kept,
+                valid: kept,
+                splits,
+            };
+            gpu.start(&made_launch, &params);
+        }
+    });
+    gpu.report(
+        "mlp",
+        &format!("norm, up, down {share} B={rows} {how} splits {up_splits} {splits}"),
+        &format!(r#""rows":{rows},"share":{share},"how":"{how}""#),
+        us,
+        2.0 * f64::from(kept) * f64::from(d) * 2.0,
+    );
 }
 
 /// The kernels between the products, LLaMA-3.1-8B.

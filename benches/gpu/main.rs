@@ -11,6 +11,7 @@
 mod kernels;
 mod layer;
 mod models;
+mod sampling;
 #[path = "../support/shapes.rs"]
 mod shapes;
 mod steps;
@@ -29,6 +30,7 @@ const PARTS: &[Part] = &[
     ("products", kernels::products),
     ("mlp", kernels::selective_mlp),
     ("small", kernels::small),
+    ("sampling", sampling::sampling),
     ("prefill", kernels::prefill),
 ];
 
@@ -40,6 +42,7 @@ fn main() {
         match a.as_str() {
             "--results" => results = arguments.next().map(PathBuf::from),
             "--append" => append = true,
+            _ if steps::TUNINGS.contains(&a.as_str()) => {} // steps reads them
             _ if is_part => parts.push(a),
             _ if models::all().any(|m| m.name == a) => models.push(a),
             other => {

@@ -4,6 +4,7 @@
 use crate::models::{Model, all};
 use crate::timing::Gpu;
 use polar_sparsity::backend::cuda::driver::Driver;
+use polar_sparsity::backend::cuda::launch::{DownCut, Tuning};
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
@@ -12,9 +13,31 @@ use polar_sparsity::sparsity::{MlpMode, Options, Policy, SeqDemand, SeqSetting};
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Arguments that make steps with another choice between equivalent launches.
+pub(crate) const TUNINGS: &[&str] =
+    &["tuning:serial", "tuning:unmade", "tuning:deep", "tuning:narrow", "tuning:early"];
+
+/// What those arguments say.
+fn tuning() -> Tuning {
+    let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
+    Tuning {
+        beside: !wants("serial"),
+        made: !wants("unmade"),
+        down: match (wants("deep"), wants("narrow")) {
+            (true, _) => DownCut::Deep,
+            (_, true) => DownCut::Narrow,
+            _ => DownCut::Wide,
+        },
+        join_early: wants("early"),
+    }
+}
+
 struct Greedy;
 
 impl History for Greedy {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
+    }
     fn tokens(&self, _: u32) -> (&[u32], usize) {
         (&[], 0)
     }
@@ -43,7 +66,7 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
         if !wanted.is_empty() && !wanted.iter().any(|w| w == model.name) {
             continue;
         }
-        let cuda = Cuda::new(Arc::clone(device), true);
+        let cuda = Cuda::new(Arc::clone(device), true).tuned(tuning());
         let weights = CudaWeights::random(device, &model.spec).unwrap();
         let info = model.routers();
         let routers = CudaRouters::random(device, &model.spec, &info).unwrap();

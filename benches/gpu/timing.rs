@@ -142,13 +142,6 @@ impl Gpu {
         memory
     }
 
-    /// Overwrites `count` 16-bit numbers.
-    pub(crate) fn random_into(&self, at: Ptr, count: u64) {
-        let launch = self.kernels(128, 1).fill(T).unwrap();
-        device::start(&*self.device, &launch, &FillParams { at, count, seed: 9, scale: 1.0, offset: 0.0 })
-            .unwrap();
-    }
-
     pub(crate) fn words(&self, v: &[u32]) -> Memory<'_> {
         let memory = self.room(4 * v.len() as u64);
         let bytes: Vec<u8> = v.iter().flat_map(|x| x.to_le_bytes()).collect();

@@ -232,6 +232,9 @@ fn seq(
 struct Greedy;
 
 impl History for Greedy {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
+    }
     fn tokens(&self, _slot: u32) -> (&[u32], usize) {
         (&[], 0)
     }

@@ -13,18 +13,24 @@ struct Named { const char* name; Entry entry; };
     ONE(name##_bf16_64, Params) ONE(name##_bf16_80, Params) ONE(name##_bf16_96, Params)      \
     ONE(name##_bf16_128, Params) ONE(name##_f16_64, Params) ONE(name##_f16_80, Params)       \
     ONE(name##_f16_96, Params) ONE(name##_f16_128, Params)
+#define ROWS(name, Params)                                                                   \
+    ONE(name##_bf16_1, Params) ONE(name##_bf16_2, Params) ONE(name##_bf16_4, Params)         \
+    ONE(name##_bf16_8, Params) ONE(name##_f16_1, Params) ONE(name##_f16_2, Params)           \
+    ONE(name##_f16_4, Params) ONE(name##_f16_8, Params)
 
 const Named kernels[] = {
     SIZES(attention_decode, DecodeParams)
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
     SIZES(attention_decode_tall, DecodeParams)
     SIZES(attention_prefill, PrefillParams)
-    ONE(linear_skinny_bf16_1, LinearParams) ONE(linear_skinny_bf16_2, LinearParams)
-    ONE(linear_skinny_bf16_4, LinearParams) ONE(linear_skinny_bf16_8, LinearParams)
-    ONE(linear_skinny_f16_1, LinearParams) ONE(linear_skinny_f16_2, LinearParams)
-    ONE(linear_skinny_f16_4, LinearParams) ONE(linear_skinny_f16_8, LinearParams)
+    ROWS(linear_skinny, LinearParams)
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
+    BOTH(mlp_down, DownParams)
+    BOTH(mlp_down_deep, DownParams)
+    BOTH(mlp_down_narrow, DownParams)
+    ROWS(linear_up, LinearParams)
+    ROWS(router_scores, RouterParams)
     BOTH(linear_tile_nt, LinearParams)
     BOTH(linear_tile_nn, LinearParams)
     BOTH(embed, EmbedParams)
@@ -36,8 +42,13 @@ const Named kernels[] = {
     ONE(zero_heads, ZeroParams)
     ONE(mark_rows, MarkParams)
     ONE(select_neurons, NeuronParams)
+    ONE(select_neurons_large, NeuronParams)
     ONE(neuron_scores, NeuronParams)
     ONE(argmax, ArgmaxParams)
+    ONE(count_tokens, CountParams)
+    ONE(sample_penalised, SampleParams)
+    ONE(sample_bins, SampleParams)
+    ONE(sample_finish, SampleParams)
     ONE(transpose16, TransposeParams)
     ONE(convert, ConvertParams)
     ONE(read_stream, StreamParams)
@@ -70,10 +81,11 @@ extern "C" void polar_host_late(const void* at, uint64_t bytes) {
 
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
-    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams),
+    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
                               sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PlanParams),
                               sizeof(ZeroParams), sizeof(MarkParams), sizeof(PrefillTile),
-                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;
     for (int i = 0; i < n; i++) out[i] = sizes[i];

@@ -30,6 +30,8 @@ DEVICE int warp_index() { return host::self->index >> 5; }
 DEVICE void let_next_start() {}
 DEVICE void wait_for_previous() { host::self->waited = true; }
 DEVICE void begin_kernel() { wait_for_previous(); }
+DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
+DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
@@ -37,6 +39,21 @@ DEVICE void fence_device() {}
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) {
     uint32_t old = *p;
     *p = old + v;
+    return old;
+}
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) {
+    uint32_t old = *p;
+    *p = old | v;
+    return old;
+}
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) {
+    uint64_t old = *p;
+    *p = old + v;
+    return old;
+}
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) {
+    uint64_t old = *p;
+    *p = old > v ? old : v;
     return old;
 }
 
@@ -70,11 +87,18 @@ DEVICE uint32_t vote(bool v) {
     sync_warp();
     return y;
 }
+DEVICE uint32_t warp_add(uint32_t v) {
+    for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
+    return v;
+}
 DEVICE int count_bits(uint32_t v) { return __builtin_popcount(v); }
 DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }
+DEVICE int highest_bit(uint64_t v) { return 63 - __builtin_clzll(v); }
 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float exp_exact(float x) { return expf(x); }
+DEVICE float product(float a, float b) { return a * b; }
 DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 DEVICE float reciprocal_sqrt(float x) { return 1.0f / sqrtf(x); }
 

@@ -78,6 +78,8 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> i32;
 
 /// Tokens of a sequence so far, for sampling penalties.
 pub trait History: Sync {
+    /// A number of the sequence in `slot` that no other sequence has, not 0.
+    fn id(&self, slot: u32) -> u64;
     /// Prompt and generated tokens of the sequence in `slot`, and how many are prompt.
     fn tokens(&self, slot: u32) -> (&[u32], usize);
     /// Sampling parameters of the sequence in `slot`.

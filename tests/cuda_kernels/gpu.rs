@@ -70,6 +70,15 @@ impl Device for Shared {
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.0.start(launch, params)
     }
+    fn fork(&self) -> Result<()> {
+        self.0.fork()
+    }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.0.start_beside(launch, params)
+    }
+    fn join(&self) -> Result<()> {
+        self.0.join()
+    }
     fn product(
         &self,
         params: &LinearParams,

@@ -13,6 +13,7 @@ mod linear;
 mod ops;
 mod ops_mlp;
 mod rows;
+mod sampling;
 mod selection;
 
 use bench::Bench;

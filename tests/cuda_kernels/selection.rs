@@ -148,6 +148,65 @@ fn neurons() {
     }
 }
 
+#[test]
+fn neurons_by_their_scores() {
+    let tiny = f32::from_bits(1);
+    let mut rng = Rng(5);
+    let spread: Vec<f32> = (0..2500).map(|_| (rng.normal() * 3.0).exp() as f32).collect();
+    // One bin of the first digit, and pairs of equal ones.
+    let near: Vec<f32> = (0..2500).map(|i| 1.0 + (i / 2 * 37 % 1250) as f32 * 1e-5).collect();
+    let mut odd = vec![0.0f32; 700];
+    for (at, v) in
+        [(3, f32::INFINITY), (4, f32::NAN), (699, tiny), (31, tiny), (32, 2.0 * tiny), (600, f32::MAX)]
+    {
+        odd[at] = v;
+    }
+    for (scores, keeps) in [
+        (spread, vec![0, 1, 7, 8, 640, 2499, 2500]),
+        (near, vec![1, 2, 3, 1000, 2499]),
+        (odd, vec![1, 2, 3, 4, 5, 6, 320, 699, 700]),
+        (vec![0.75; 100], vec![1, 33, 99, 100]),
+        (vec![0.0; 100], vec![1, 33, 100]),
+        (vec![f32::NAN; 40], vec![1, 33, 40]),
+        (vec![1.5], vec![0, 1]),
+    ] {
+        for keep in keeps {
+            chosen_by_score(&Bench::new(3), &scores, keep);
+        }
+    }
+    // More than the registers hold.
+    let large: Vec<f32> = (0..16_500).map(|_| (rng.normal() as f32).max(0.0)).collect();
+    chosen_by_score(&Bench::new(0), &large, 1632);
+    chosen_by_score(&Bench::new(4), &large, 12_345);
+}
+
+fn chosen_by_score(bench: &Bench, scores: &[f32], keep: usize) {
+    let (n, words) = (scores.len(), scores.len().div_ceil(32));
+    let wide: Vec<f64> = scores.iter().map(|&v| f64::from(v)).collect();
+    let (index, masks) = (bench.room(4 * keep.next_multiple_of(8).max(8)), bench.room(4 * words));
+    let nan_count = bench.words(&[0]);
+    let params = NeuronParams {
+        scores: bench.floats(&wide),
+        index,
+        masks,
+        nan_count,
+        n: n as u32,
+        keep0: keep as u32,
+        ..NeuronParams::default()
+    };
+    bench.start(&kernels().select_neurons(1, n as u32), &params);
+    let expected = best(&wide, keep);
+    let list = bench.read_words(index, keep.next_multiple_of(8));
+    assert_eq!(list[..keep], expected, "{keep} of {n}");
+    assert!(list[keep..].iter().all(|&i| i == 0));
+    let mask = bench.read_words(masks, words);
+    let kept: Vec<u32> =
+        (0..32 * words as u32).filter(|&j| mask[j as usize / 32] >> (j % 32) & 1 == 1).collect();
+    assert_eq!(kept, expected, "mask of {keep} of {n}");
+    let nans = scores.iter().filter(|v| v.is_nan()).count();
+    assert_eq!(bench.read_words(nan_count, 1), [nans as u32]);
+}
+
 fn select_neurons(bench: &Bench, n: usize, keep0: u32, keep_other: u32) -> Vec<u8> {
     let mut rng = Rng(n as u64);
     // Rows 0, 2, 3 in group 0; row 1 and row 4 alone; row 5 is padding.

@@ -125,6 +125,14 @@ impl Device for Faulty {
         }
         self.inner.start(launch, params)
     }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.may_fail("start_beside")?;
+        if self.launch.due() {
+            let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
+            return self.inner.start_beside(&too_much, params);
+        }
+        self.inner.start_beside(launch, params)
+    }
     fn recorded(&self) -> Result<u64> {
         // As with the driver, a recording that cannot be ended well is over all the same.
         let program = self.inner.recorded()?;
@@ -155,6 +163,8 @@ impl Device for Faulty {
         fn product(&self, params: &LinearParams, transposed: bool, dtype: DType, own: Option<&Launch>) -> Result<bool>;
         fn synchronize(&self) -> Result<()>;
         fn finished(&self, timeout_ns: u64) -> Result<bool>;
+        fn fork(&self) -> Result<()>;
+        fn join(&self) -> Result<()>;
         fn record(&self) -> Result<bool>;
         fn replay(&self, program: u64) -> Result<()>;
     }

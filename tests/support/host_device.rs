@@ -78,11 +78,37 @@ const GUARD: usize = 4096;
 /// A launch and its parameters.
 type Recorded = (Launch, Vec<u8>);
 
+/// What a device is told to do.
+#[derive(Clone)]
+enum Entry {
+    Main(Recorded),
+    Beside(Recorded),
+    Fork,
+    Join,
+}
+
+/// Side work that may run, and the order in which it does: with seed 0 when the main stream waits for it,
+/// else whenever a coin says so.
+#[derive(Default)]
+struct Side {
+    forked: bool,
+    waiting: std::collections::VecDeque<Recorded>,
+    coin: u32,
+}
+
+impl Side {
+    fn heads(&mut self) -> bool {
+        self.coin = self.coin.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.coin >> 31 == 1
+    }
+}
+
 /// The device.
 pub struct Host {
     memory: Mutex<HashMap<u64, Vec<u8>>>,
-    recording: Mutex<Option<Vec<Recorded>>>,
-    programs: Mutex<HashMap<u64, Vec<Recorded>>>,
+    recording: Mutex<Option<Vec<Entry>>>,
+    programs: Mutex<HashMap<u64, Vec<Entry>>>,
+    side: Mutex<Side>,
     host_memory: Mutex<HashMap<usize, Vec<u64>>>,
     /// Copies under way: to, from, bytes.
     copies: Mutex<Vec<(usize, usize, usize)>>,
@@ -122,6 +148,7 @@ impl Host {
             replays: AtomicU32::new(0),
             fail_in: AtomicI64::new(-1),
             idle: AtomicBool::new(false),
+            side: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
             capacity: AtomicU64::new(1 << 30),
@@ -151,6 +178,58 @@ impl Host {
     fn fails(&self) -> Result<()> {
         if self.fail_in.load(Ordering::Relaxed) >= 0 && self.fail_in.fetch_sub(1, Ordering::Relaxed) == 0 {
             return Err(Error::new(polar_sparsity::Status::E_DEVICE, "a launch that was to fail"));
+        }
+        Ok(())
+    }
+
+    fn fits(&self, launch: &Launch) -> Result<()> {
+        if launch.shared > self.shared_per_block() {
+            return Err(Error::new(Status::E_DEVICE, format!("{} bytes of shared memory", launch.shared)));
+        }
+        self.fails()
+    }
+
+    /// Notes what is to be done, or does it.
+    fn take(&self, entry: Entry) -> Result<()> {
+        if let Some(list) = self.recording.lock().unwrap().as_mut() {
+            if !self.idle.load(Ordering::Relaxed) {
+                list.push(entry);
+            }
+            return Ok(());
+        }
+        if let Entry::Main(_) | Entry::Beside(_) = entry {
+            self.finish_copies();
+            self.launches.fetch_add(1, Ordering::Relaxed);
+        }
+        self.act(&entry)
+    }
+
+    fn act(&self, entry: &Entry) -> Result<()> {
+        let seed = self.seed.load(Ordering::Relaxed);
+        let mut side = self.side.lock().unwrap();
+        match entry {
+            Entry::Fork => {
+                assert!(!side.forked, "a fork in a fork");
+                side.forked = true;
+                side.coin ^= seed;
+            }
+            Entry::Beside(work) => {
+                assert!(side.forked, "side work without a fork");
+                side.waiting.push_back(work.clone());
+            }
+            Entry::Join => {
+                while let Some((launch, params)) = side.waiting.pop_front() {
+                    self.run(&launch, &params)?;
+                }
+                side.forked = false;
+            }
+            Entry::Main((launch, params)) => {
+                while seed != 0 && !side.waiting.is_empty() && side.heads() {
+                    let (launch, params) = side.waiting.pop_front().unwrap();
+                    self.run(&launch, &params)?;
+                }
+                self.run(launch, params)?;
+            }
         }
         Ok(())
     }
@@ -267,19 +346,18 @@ impl Device for Host {
         Ok(())
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if launch.shared > self.shared_per_block() {
-            return Err(Error::new(Status::E_DEVICE, format!("{} bytes of shared memory", launch.shared)));
-        }
-        self.fails()?;
-        if let Some(list) = self.recording.lock().unwrap().as_mut() {
-            if !self.idle.load(Ordering::Relaxed) {
-                list.push((*launch, params.to_vec()));
-            }
-            return Ok(());
-        }
-        self.finish_copies();
-        self.launches.fetch_add(1, Ordering::Relaxed);
-        self.run(launch, params)
+        self.fits(launch)?;
+        self.take(Entry::Main((*launch, params.to_vec())))
+    }
+    fn fork(&self) -> Result<()> {
+        self.take(Entry::Fork)
+    }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.fits(launch)?;
+        self.take(Entry::Beside((*launch, params.to_vec())))
+    }
+    fn join(&self) -> Result<()> {
+        self.take(Entry::Join)
     }
     fn product(&self, p: &LinearParams, transposed: bool, dtype: DType, _: Option<&Launch>) -> Result<bool> {
         if !self.library {
@@ -309,6 +387,7 @@ impl Device for Host {
         Ok(true)
     }
     fn recorded(&self) -> Result<u64> {
+        self.join()?;
         let list = self.recording.lock().unwrap().take().unwrap_or_default();
         let id = u64::from(self.recordings.load(Ordering::Relaxed));
         self.programs.lock().unwrap().insert(id, list);
@@ -323,7 +402,25 @@ impl Device for Host {
         self.replays.fetch_add(1, Ordering::Relaxed);
         let list = self.programs.lock().unwrap().get(&program).cloned();
         let list = list.expect("a program that was recorded and not forgotten");
-        list.iter().try_for_each(|(launch, params)| self.run(launch, params))
+        // Side work may start at the fork: move it there.
+        let mut order: Vec<Entry> = Vec::new();
+        let mut fork = None;
+        for entry in list {
+            match entry {
+                Entry::Fork => fork = Some(order.len() + 1),
+                Entry::Join => fork = None,
+                Entry::Beside(_) => {
+                    let at = fork.as_mut().expect("side work without a fork");
+                    order.insert(*at, entry);
+                    *at += 1;
+                    continue;
+                }
+                Entry::Main(_) => {}
+            }
+            order.push(entry);
+        }
+        assert!(fork.is_none(), "a program ends with side work open");
+        order.iter().try_for_each(|entry| self.act(entry))
     }
     fn forget(&self, program: u64) {
         self.programs.lock().unwrap().remove(&program);

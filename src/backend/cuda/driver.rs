@@ -13,6 +13,7 @@ use super::params::{LinearParams, Ptr};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
+use std::cell::Cell;
 use std::ffi::c_int;
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,6 +44,7 @@ pub struct Driver {
     recorder: sys::CUstream,
     /// The thread that records, 0: none.
     recording: AtomicUsize,
+    side: Side,
     module: Option<Module>,
     name: String,
     multiprocessors: u32,
@@ -90,6 +92,25 @@ impl Drop for Flush {
             let _ = unsafe { sys::cuMemFree_v2(self.0) };
         }
     }
+}
+
+/// The stream of the side work, and where it meets the other one.
+struct Side {
+    stream: sys::CUstream,
+    /// Of the fork and of the join.
+    events: [sys::CUevent; 2],
+    /// The thread that forked, 0: none. One at a time: who comes second goes on in one stream.
+    owner: AtomicUsize,
+}
+
+const MAIN: usize = 0;
+const SIDE: usize = 1;
+
+thread_local! {
+    /// This thread's next launch on the main (side) stream comes right after a wait for the other one.
+    static IN_ORDER: [Cell<bool>; 2] = const { [Cell::new(false), Cell::new(false)] };
+    /// This thread's side work went to the main stream since the last join.
+    static IN_LINE: Cell<bool> = const { Cell::new(false) };
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -246,6 +267,7 @@ impl Driver {
             stream: null_mut(),
             recorder: null_mut(),
             recording: AtomicUsize::new(0),
+            side: Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) },
             module: None,
             name: String::new(),
             multiprocessors: 0,
@@ -278,6 +300,17 @@ impl Driver {
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
+            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
+            let (mut least, mut greatest) = (0, 0);
+            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+            check(
+                "CUDA stream",
+                sys::cuStreamCreateWithPriority(&mut driver.side.stream, non_blocking, greatest),
+            )?;
+            let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+            for event in &mut driver.side.events {
+                check("CUDA event", sys::cuEventCreate(event, untimed))?;
+            }
             driver.module = Some(Module::load(&driver.name, driver.shared_per_block, major >= 9)?);
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
@@ -303,6 +336,26 @@ impl Driver {
         // SAFETY: the context is retained for as long as `self` lives.
         check("CUDA context", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
         Ok(Entered)
+    }
+
+    fn launch(&self, stream: sys::CUstream, which: usize, launch: &Launch, params: &[u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
+        // for that one only: right after a wait for the other stream the launch itself has to be in order.
+        let in_order = IN_ORDER.with(|next| next[which].replace(false));
+        let module = self.module.as_ref().ok_or_else(|| Error::invalid("the kernels are not loaded"))?;
+        // SAFETY: this device's context is current and the stream its own.
+        unsafe { module.launch(launch, params, stream, !in_order) }
+    }
+
+    /// What comes next on `second` waits for what is on `first` so far.
+    fn meet(&self, first: sys::CUstream, event: sys::CUevent, second: sys::CUstream) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: streams and event are this object's own; in a capture both become edges of the graph.
+        unsafe {
+            check("CUDA event", sys::cuEventRecord(event, first))?;
+            check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
+        }
     }
 
     /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
@@ -388,6 +441,13 @@ impl Drop for Driver {
                 }
                 if !self.recorder.is_null() {
                     let _ = sys::cuStreamDestroy_v2(self.recorder);
+                }
+                if !self.side.stream.is_null() {
+                    let _ = sys::cuStreamSynchronize(self.side.stream);
+                    let _ = sys::cuStreamDestroy_v2(self.side.stream);
+                }
+                for event in self.side.events.into_iter().filter(|e| !e.is_null()) {
+                    let _ = sys::cuEventDestroy_v2(event);
                 }
                 self.library = None;
                 if self.workspace != 0 {
@@ -533,10 +593,41 @@ impl Device for Driver {
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        let _entered = self.enter()?;
-        let module = self.module.as_ref().ok_or_else(|| Error::invalid("the kernels are not loaded"))?;
-        // SAFETY: this device's context is current and the stream its own.
-        unsafe { module.launch(launch, params, self.current(), true) }
+        self.launch(self.current(), MAIN, launch, params)
+    }
+
+    fn fork(&self) -> Result<()> {
+        let side = &self.side;
+        if side.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return Ok(());
+        }
+        let met = self.meet(self.current(), side.events[0], side.stream);
+        if met.is_err() {
+            side.owner.store(0, Ordering::Release);
+        }
+        IN_ORDER.with(|next| next[SIDE].set(true));
+        met
+    }
+
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        if self.side.owner.load(Ordering::Relaxed) == this_thread() {
+            return self.launch(self.side.stream, SIDE, launch, params);
+        }
+        IN_LINE.set(true);
+        self.launch(self.current(), MAIN, launch, params)
+    }
+
+    fn join(&self) -> Result<()> {
+        let owns = self.side.owner.load(Ordering::Relaxed) == this_thread();
+        if IN_LINE.replace(false) || owns {
+            IN_ORDER.with(|next| next[MAIN].set(true));
+        }
+        if !owns {
+            return Ok(());
+        }
+        let met = self.meet(self.side.stream, self.side.events[1], self.current());
+        self.side.owner.store(0, Ordering::Release);
+        met
     }
 
     fn product(
@@ -605,6 +696,8 @@ impl Device for Driver {
 
     fn recorded(&self) -> Result<u64> {
         let _entered = self.enter()?;
+        // A capture with a fork left open does not end.
+        let joined = self.join();
         let (mut graph, mut exec) = (null_mut(), null_mut());
         // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated, the
         // instance if it cannot be uploaded.
@@ -612,7 +705,8 @@ impl Device for Driver {
             let ended = check("graph capture", sys::cuStreamEndCapture(self.recorder, &mut graph));
             self.recording.store(0, Ordering::Release);
             ended?;
-            let made = check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+            let made =
+                joined.and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0)));
             let _ = sys::cuGraphDestroy(graph);
             made?;
             // Else the first replay would pay for it.
@@ -627,6 +721,8 @@ impl Device for Driver {
     fn unrecord(&self) {
         if let Ok(_entered) = self.enter() {
             let mut graph = null_mut();
+            // A capture with a fork left open does not end well; what is wrong with it no longer matters.
+            let _ = self.join();
             // SAFETY: ends the capture that `record` began; a capture that something has broken gives
             // an error and no graph.
             unsafe {

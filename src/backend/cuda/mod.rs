@@ -17,9 +17,11 @@ mod library;
 mod memory;
 #[cfg(feature = "cuda")]
 mod module;
+mod neurons;
 pub mod ops;
 pub mod params;
 mod program;
+pub mod sampling;
 mod scratch;
 mod shape;
 mod stages;
@@ -29,19 +31,18 @@ mod weights;
 pub use scratch::CudaScratch;
 pub use weights::{CudaRouters, CudaWeights};
 
-use super::step::Sampled;
 use super::{
     Backend, Caps, Footprint, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions,
 };
 use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Weights};
-use crate::sample;
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
+use launch::Tuning;
 use memory::Memory;
 use params::Ptr;
-use scratch::HostChoice;
+use sampling::Request;
 use shape::Shape;
 use std::sync::Arc;
 
@@ -49,6 +50,7 @@ use std::sync::Arc;
 pub struct Cuda<D: Device> {
     device: Arc<D>,
     records: bool,
+    tuning: Tuning,
 }
 
 /// Pages of all layers.
@@ -67,7 +69,12 @@ impl<D: Device> CudaKv<D> {
 impl<D: Device> Cuda<D> {
     /// A backend on `device`; `records`: repeated decode steps become recorded programs.
     pub fn new(device: Arc<D>, records: bool) -> Cuda<D> {
-        Cuda { device, records }
+        Cuda { device, records, tuning: Tuning::default() }
+    }
+
+    /// With other choices between equivalent launches, for measurements.
+    pub fn tuned(self, tuning: Tuning) -> Cuda<D> {
+        Cuda { tuning, ..self }
     }
 
     /// The device.
@@ -196,7 +203,9 @@ impl<D: Device> Backend for Cuda<D> {
         r: Option<&Self::Routers>,
         limits: &Limits,
     ) -> Result<Self::Scratch> {
-        CudaScratch::new(&self.device, w, r, limits)
+        let mut scratch = CudaScratch::new(&self.device, w, r, limits)?;
+        scratch.kernels.tuning = self.tuning;
+        Ok(scratch)
     }
 
     fn begin(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
@@ -208,10 +217,9 @@ impl<D: Device> Backend for Cuda<D> {
         }
         let tile = s.kernels.tile_tokens();
         s.tables.send(step, w.spec.num_kv_heads, w.spec.window, tile)?;
-        self.device.zero(s.buffers.nan_count, 4)?;
-        s.routed = None;
+        s.sampling.clear()?;
+        s.scored = None;
         s.heads_selected = None;
-        s.host_choices.fill(None);
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
     }
@@ -245,11 +253,11 @@ impl<D: Device> Backend for Cuda<D> {
         &self,
         r: &Self::Routers,
         s: &mut Self::Scratch,
-        _: &Step,
+        step: &Step,
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        self.stage(s, |s| self.run_route(r, s, layer, site))
+        self.stage(s, |s| self.run_route(r, s, step, layer, site))
     }
 
     fn select(&self, s: &mut Self::Scratch, step: &Step, layer: usize, site: Site) -> Result<()> {
@@ -291,45 +299,22 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn sample(&self, s: &mut Self::Scratch, step: &Step, history: &dyn History) -> Result<()> {
-        // The likeliest token is known on the device. Anything else is sampled here, by the code all
-        // backends share, from a copy of the row.
         for seq in step.seqs.iter().filter(|q| q.sample && q.logits != NO_LOGITS) {
-            let params = history.params(seq.slot);
-            if params.temperature == 0.0 && !params.penalises() && params.n_logprobs == 0 {
-                continue;
-            }
-            let i = seq.logits as usize;
-            let mut logits = std::mem::take(&mut s.host_logits);
-            let copied = self.read_logits(s, i, &mut logits);
-            let (tokens, prompt) = history.tokens(seq.slot);
-            let mut choice =
-                HostChoice { sampled: Sampled::default(), top: [(0, 0.0); sample::MAX_LOGPROBS] };
-            let mut n_top = 0;
-            let put = |token, logprob| {
-                choice.top[n_top] = (token, logprob);
-                n_top += 1;
-            };
-            let chosen = sample::sample(&logits, tokens, prompt, params, &mut s.sampler, put);
-            s.host_logits = logits;
-            copied?;
-            match chosen {
-                Some(c) => {
-                    choice.sampled.token = c.token;
-                    choice.sampled.logprob = c.logprob;
-                    choice.sampled.n_top = n_top as u32;
-                }
-                None => choice.sampled.broken = true,
-            }
-            s.host_choices[i] = Some(choice);
+            let (tokens, prompt_len) = history.tokens(seq.slot);
+            s.sampling.add(&Request {
+                row: seq.logits as usize,
+                sequence: history.id(seq.slot),
+                tokens,
+                prompt_len,
+                params: history.params(seq.slot),
+            })?;
         }
-        Ok(())
+        s.sampling.run(s.buffers.logits)
     }
 
     fn end(&self, s: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
         report.clear();
-        // Tokens, log probabilities and the NaN count lie one after another.
-        let words = (s.buffers.nan_count.0 - s.buffers.token.0) as usize / 4 + 1;
-        s.results.fetch(s.buffers.token, words)
+        s.sampling.fetch()
     }
 
     fn poll(&self, s: &mut Self::Scratch, step: &Step, report: &mut Report, timeout_ns: u64) -> Result<bool> {
@@ -337,26 +322,7 @@ impl<D: Device> Backend for Cuda<D> {
             return Ok(false);
         }
         report.clear();
-        let n = step.logit_rows.len();
-        let results = s.results.words();
-        let logprobs = (s.buffers.logprob.0 - s.buffers.token.0) as usize / 4;
-        for i in 0..n {
-            if let Some(choice) = &s.host_choices[i] {
-                let mut sampled = choice.sampled;
-                sampled.first_top = report.top.len() as u32;
-                report.top.extend_from_slice(&choice.top[..sampled.n_top as usize]);
-                report.sampled.push(sampled);
-                continue;
-            }
-            let logprob = f32::from_bits(results[logprobs + i]);
-            report.sampled.push(Sampled {
-                token: results[i],
-                logprob: if logprob.is_nan() { 0.0 } else { logprob },
-                broken: logprob.is_nan(),
-                ..Sampled::default()
-            });
-        }
-        report.nan_scores = u64::from(results[results.len() - 1]);
+        s.sampling.report(step.logit_rows.len(), report);
         report.counts.extend_from_slice(&s.counts[..step.seqs.len()]);
         (report.kv_bytes_read, report.kv_bytes_dense) = s.kv_bytes;
         Ok(true)

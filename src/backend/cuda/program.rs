@@ -48,7 +48,7 @@ impl<D: Device> Cuda<D> {
         Ok(())
     }
 
-    /// Runs a stage, unless a program has it; one that fails ends a recording.
+    /// Runs a stage, unless a program has it; one that fails ends a recording and side work.
     pub(super) fn stage(
         &self,
         s: &mut CudaScratch<D>,
@@ -60,6 +60,8 @@ impl<D: Device> Cuda<D> {
         let done = run(s);
         if done.is_err() {
             self.stop_recording(s);
+            // The first error is the one to tell.
+            let _ = self.device.join();
         }
         done
     }

@@ -2,16 +2,16 @@
 
 use super::buckets::buckets;
 use super::device::Device;
-use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
-use super::memory::{HostWords, Memory, Places};
+use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
+use super::sampling::{self, Sampling};
 use super::shape::Shape;
 use super::tables::{self, Tables};
 use super::weights::{CudaRouters, CudaWeights, LayerRouters};
-use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
+use crate::backend::{Limits, PAGE_TOKENS, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::Position;
-use crate::sample::{self, MAX_LOGPROBS};
 use crate::sparsity::Counts;
 use std::sync::Arc;
 
@@ -32,17 +32,13 @@ pub(super) struct Buffers {
     pub(super) sums: Ptr,
     /// Sums that the next norm adds to the residual stream.
     pub(super) delta: Ptr,
-    /// Sums of a router, until its selection.
+    /// Random scores of the heads, until their selection.
     pub(super) scores: Ptr,
+    /// Sums of the MLP router's products, which run beside the others.
+    pub(super) router_sums: Ptr,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
     pub(super) logits: Ptr,
-    pub(super) token: Ptr,
-    pub(super) logprob: Ptr,
-    pub(super) nan_count: Ptr,
-    /// Pieces of the argmax, and how many have arrived.
-    pub(super) top_parts: Ptr,
-    pub(super) top_counters: Ptr,
     /// Neuron scores `[groups][ffn]`.
     pub(super) neuron_scores: Ptr,
     /// u16 `[batch][kv_heads]`.
@@ -74,13 +70,6 @@ pub(super) enum Mode {
     Replay(u64),
 }
 
-/// A token the host sampled.
-#[derive(Clone, Copy)]
-pub(super) struct HostChoice {
-    pub(super) sampled: Sampled,
-    pub(super) top: [(u32, f32); MAX_LOGPROBS],
-}
-
 /// See the module.
 pub struct CudaScratch<D: Device> {
     pub(super) device: Arc<D>,
@@ -97,16 +86,11 @@ pub struct CudaScratch<D: Device> {
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
     pub(super) kv_bytes: (u64, u64),
-    /// Layer whose router sums are in `scores`.
-    pub(super) routed: Option<(usize, Partial)>,
+    /// Layer whose neuron scores are made.
+    pub(super) scored: Option<usize>,
     /// Layer whose heads were selected together with its projection.
     pub(super) heads_selected: Option<usize>,
-    /// By entry of `Step::logit_rows`: what the host sampled.
-    pub(super) host_choices: Vec<Option<HostChoice>>,
-    pub(super) host_logits: Vec<f32>,
-    /// What the device answers: from `token` to `nan_count`.
-    pub(super) results: HostWords<D>,
-    pub(super) sampler: sample::Scratch,
+    pub(super) sampling: Sampling<D>,
 }
 
 /// The largest sum a product of this shape leaves, in floats, over every row count that can occur:
@@ -155,12 +139,9 @@ impl<D: Device> CudaScratch<D> {
             seen: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
-            routed: None,
+            scored: None,
             heads_selected: None,
-            host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
-            host_logits: try_vec(s.vocab, 0.0, "logits")?,
-            results: HostWords::zeroed(device, (buffers.nan_count.0 - buffers.token.0) as usize / 4 + 1)?,
-            sampler: sample::Scratch::new(s.vocab)?,
+            sampling: Sampling::new(device, k, limits.max_batch, s.vocab)?,
         })
     }
 }
@@ -169,7 +150,7 @@ impl<D: Device> CudaScratch<D> {
 pub(super) fn bytes(s: &Shape, k: &Kernels, r: &[LayerRouters], limits: &Limits, position: &Position) -> u64 {
     let mut p = Places::from(Ptr::NULL);
     places(s, k, r, limits, position, &mut p);
-    p.used()
+    p.used() + sampling::bytes(limits.max_batch, s.vocab)
 }
 
 /// Most recorded steps kept; the one used longest ago goes first. A server whose batch moves between 1
@@ -204,14 +185,15 @@ fn places(
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
             for r in [8, 16, 32, SKINNY_ROWS].map(|r| r.min(rows as u32)) {
-                first = first.max(k.linear(r, kept as u32, d as u32).1 as usize * r as usize * kept);
+                let (n, d) = (kept as u32, d as u32);
+                let splits = k.linear_up(r, n, d).1.max(k.linear(r, n, d).1);
+                first = first.max(splits as usize * r as usize * kept);
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
         down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
-    let mut scores = batch * s.kv_heads;
-    let (mut rank, mut qkv) = (0, forward(s.qkv(), d));
+    let (mut rank, mut router_sums, mut qkv) = (0, 0, forward(s.qkv(), d));
     for l in r {
         if l.attn_rows > 0 {
             let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
@@ -219,7 +201,7 @@ fn places(
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
-            scores = scores.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
+            router_sums = router_sums.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
         }
     }
     let has_mlp = rank > 0;
@@ -238,15 +220,11 @@ fn places(
         z: p.take(rows * rank, 2),
         sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
-        scores: p.take(scores, 4),
+        scores: p.take(batch * s.kv_heads, 4),
+        router_sums: p.take(router_sums, 4),
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
         logits: p.take(batch * s.vocab, 4),
-        token: p.take(batch, 4),
-        logprob: p.take(batch, 4),
-        nan_count: p.take(1, 4),
-        top_parts: p.take(batch * 3 * ARGMAX_PIECES as usize, 4),
-        top_counters: p.take(batch, 4),
         neuron_scores: p.take(if has_mlp { (batch + 1) * s.ffn } else { 0 }, 4),
         selected: p.take(batch * s.kv_heads, 2),
         index: p.take(if has_mlp { s.neurons } else { 0 }, 4),

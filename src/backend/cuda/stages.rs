@@ -5,17 +5,16 @@ use super::device::{Device, start};
 use super::launch::{DECODE_MIN_PAGES, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
-use super::tables::Groups;
 use super::weights::{CudaRouters, CudaWeights, LayerRouters, Pair};
 use super::{Cuda, CudaKv};
 use crate::backend::{Live, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::model::{Activation, Norm, Position};
 use crate::sparsity::select::random_score;
-use crate::sparsity::{Rule, Site, Source};
+use crate::sparsity::{Site, Source};
 
 impl<D: Device> Cuda<D> {
-    fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
+    pub(super) fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
         debug_assert!(!matches!(s.mode, Mode::Replay(_)), "a program has this stage");
         if launch.grid.0 == 0 {
             return Ok(());
@@ -39,7 +38,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// `x` times a matrix stored `[n, k]`, sums to `out`.
-    fn product(
+    pub(super) fn product(
         &self,
         s: &CudaScratch<D>,
         (x, w, index): (Ptr, Ptr, Ptr),
@@ -58,7 +57,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// The same for a matrix stored `[k, n]`.
-    fn product_transposed(
+    pub(super) fn product_transposed(
         &self,
         s: &CudaScratch<D>,
         (x, w, index): (Ptr, Ptr, Ptr),
@@ -77,7 +76,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// Adds the pending sums to the residual stream and norms it.
-    fn norm(
+    pub(super) fn norm(
         &self,
         w: &CudaWeights<D>,
         s: &mut CudaScratch<D>,
@@ -126,6 +125,7 @@ impl<D: Device> Cuda<D> {
         let (l, rows) = (&w.layers[layer], s.tables.rows().all);
         let b = s.buffers;
         self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        self.fork(s, step, layer)?;
         let decode = s.tables.rows().decode;
         let router = r.and_then(|r| r.layers.get(layer)).filter(|l| {
             let sparse = decode > 0 && step.plan.attn_sparse(layer);
@@ -212,7 +212,7 @@ impl<D: Device> Cuda<D> {
             keep: s.tables.plan(s.tables.layer_plan[layer]).0,
             selected: b.selected,
             attention: b.attention,
-            nan_count: b.nan_count,
+            nan_count: s.sampling.nan_count(),
             rows,
             sequences: s.tables.rows().decode,
             units,
@@ -225,38 +225,18 @@ impl<D: Device> Cuda<D> {
         &self,
         r: &CudaRouters<D>,
         s: &mut CudaScratch<D>,
+        step: &Step,
         layer: usize,
         site: Site,
     ) -> Result<()> {
         let missing = || Error::invalid(format!("layer {layer} has no {site:?} router"));
         let l = r.layers.get(layer).ok_or_else(missing)?;
-        let (rows, d, b) = (s.tables.rows().decode, s.shape.hidden as u32, s.buffers);
-        let scores = match site {
-            Site::Attn => {
-                // Its rows went with the projection.
-                return if s.heads_selected == Some(layer) { Ok(()) } else { Err(missing()) };
-            }
-            Site::Mlp => {
-                if l.rank == 0 {
-                    return Err(missing());
-                }
-                let rank = l.rank as u32;
-                let narrow = self.product(s, (b.h, l.down, Ptr::NULL), (rows, rank, d), b.scores)?;
-                let z = ActivateParams {
-                    input: narrow,
-                    out: b.z,
-                    rows,
-                    n: rank,
-                    valid: rank,
-                    kind: 3,
-                    ..Default::default()
-                };
-                self.go(s, &s.kernels.activate(rows, rank), &z)?;
-                self.product(s, (b.z, l.up, Ptr::NULL), (rows, s.shape.neurons as u32, rank), b.scores)?
-            }
-        };
-        s.routed = Some((layer, scores));
-        Ok(())
+        match site {
+            // Its rows went with the projection.
+            Site::Attn if s.heads_selected == Some(layer) => Ok(()),
+            Site::Mlp if l.rank > 0 => self.route_neurons(l, s, step, layer),
+            _ => Err(missing()),
+        }
     }
 
     pub(super) fn run_select(
@@ -266,53 +246,22 @@ impl<D: Device> Cuda<D> {
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        let unrouted = || Error::invalid(format!("layer {layer}: no {site:?} router sums"));
-        let routed = s.routed.take().filter(|r| r.0 == layer).map(|r| r.1);
-        let (rows, b) = (s.tables.rows().decode, s.buffers);
-        match site {
-            Site::Attn if s.heads_selected == Some(layer) => Ok(()),
-            Site::Attn => {
-                let units = s.shape.kv_heads as u32;
-                let (logits, router) = match step.plan.source {
-                    Source::Router => return Err(unrouted()),
-                    Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
-                    Source::Random { seed } => {
-                        self.random_scores(s, step, layer, seed)?;
-                        (Partial { data: b.scores, splits: 1, columns: units }, (Ptr::NULL, units))
-                    }
-                };
-                let params = self.selection(s, layer, (logits, rows), router);
-                self.go(s, &s.kernels.select_heads(rows, units), &params)
-            }
-            Site::Mlp => {
-                let logits = routed.ok_or_else(unrouted)?;
-                let Some(which) = s.tables.layer_groups(step, layer) else { return Ok(()) };
-                let rule = step.plan.mlp_rule(layer);
-                let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
-                // As many groups as there could be: those without rows end at once.
-                let (first_group, groups) = match which {
-                    Groups::Both => (0, 1 + rows),
-                    Groups::Reference => (0, 1),
-                    Groups::Invariant => (1, rows),
-                };
-                let params = NeuronParams {
-                    logits,
-                    scores: b.neuron_scores,
-                    group: s.tables.groups(which),
-                    last_group: s.tables.last_group(),
-                    index: b.index,
-                    masks: b.masks,
-                    nan_count: b.nan_count,
-                    rows,
-                    n: s.shape.ffn as u32,
-                    keep0: keep(rule.reference),
-                    keep_other: keep(rule.invariant),
-                    first_group,
-                };
-                self.go(s, &s.kernels.neuron_scores(groups, s.shape.ffn as u32), &params)?;
-                self.go(s, &s.kernels.select_neurons(groups, s.shape.ffn as u32), &params)
-            }
+        if site == Site::Mlp {
+            return self.select_neurons(s, step, layer);
         }
+        if s.heads_selected == Some(layer) {
+            return Ok(());
+        }
+        let (rows, units, b) = (s.tables.rows().decode, s.shape.kv_heads as u32, s.buffers);
+        let seed = match step.plan.source {
+            Source::Router => return Err(Error::invalid(format!("layer {layer}: no {site:?} router sums"))),
+            Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
+            Source::Random { seed } => seed,
+        };
+        self.random_scores(s, step, layer, seed)?;
+        let logits = Partial { data: b.scores, splits: 1, columns: units };
+        let params = self.selection(s, layer, (logits, rows), (Ptr::NULL, units));
+        self.go(s, &s.kernels.select_heads(rows, units), &params)
     }
 
     /// Scores of [`Source::Random`], made on the host.
@@ -383,6 +332,9 @@ impl<D: Device> Cuda<D> {
             };
             self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
         }
+        if s.kernels.tuning.join_early {
+            self.device.join()?;
+        }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
         let sum = self.product(s, (b.attention, l.o.weight, Ptr::NULL), size, b.delta)?;
         s.pending = Pending { sum, bias: l.o.bias };
@@ -398,15 +350,12 @@ impl<D: Device> Cuda<D> {
         live: Live,
     ) -> Result<()> {
         let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
+        self.device.join()?;
         self.norm(w, s, l.mlp_norm, (b.h, Ptr::NULL, rows))?;
+        if live == Live::Selected && self.selected_mlp(w, s, step, layer)? {
+            return Ok(());
+        }
         let (d, neurons) = (s.shape.hidden as u32, s.shape.neurons as u32);
-        let kind = match w.spec.activation {
-            Activation::Relu => 0,
-            Activation::SiluGated => 1,
-            Activation::ReluGated => 2,
-        };
-        let which = if live == Live::Selected { s.tables.layer_groups(step, layer) } else { None };
-        let all_share = s.tables.all_reference && which == Some(Groups::Reference) && rows <= SKINNY_ROWS;
         let mut act = ActivateParams {
             gate_bias: l.gate_bias,
             up_bias: l.up_bias,
@@ -414,33 +363,27 @@ impl<D: Device> Cuda<D> {
             rows,
             n: neurons,
             valid: s.shape.ffn as u32,
-            kind,
+            kind: match w.spec.activation {
+                Activation::Relu => 0,
+                Activation::SiluGated => 1,
+                Activation::ReluGated => 2,
+            },
             ..Default::default()
         };
-        let (index, kept) = match (all_share, step.plan.mlp_rule(layer).reference) {
-            // Every row runs the same neurons: only their rows are read.
-            (true, Rule::TopK(k)) => {
-                act.valid = k;
-                (b.index, k.next_multiple_of(8))
-            }
-            _ => {
-                if let Some(which) = which {
-                    act.masks = b.masks;
-                    act.group = s.tables.groups(which);
-                }
-                (Ptr::NULL, neurons)
-            }
-        };
-        act.index = index;
-        act.n = kept;
-        let width = if s.shape.gated { 2 * neurons } else { kept };
-        act.input = self.product(s, (b.h, l.first, index), (rows, width, d), b.sums)?;
-        self.go(s, &s.kernels.activate(rows, kept), &act)?;
-        let size = (rows, d, kept);
+        if live == Live::Selected
+            && let Some(which) = s.tables.layer_groups(step, layer)
+        {
+            act.masks = b.masks;
+            act.group = s.tables.groups(which);
+        }
+        let width = s.shape.first() as u32;
+        act.input = self.product(s, (b.h, l.first, Ptr::NULL), (rows, width, d), b.sums)?;
+        self.go(s, &s.kernels.activate(rows, neurons), &act)?;
+        let (size, down) = ((rows, d, neurons), (b.y, l.down.weight, Ptr::NULL));
         let sum = if s.shape.gated {
-            self.product(s, (b.y, l.down.weight, Ptr::NULL), size, b.delta)?
+            self.product(s, down, size, b.delta)?
         } else {
-            self.product_transposed(s, (b.y, l.down.weight, index), size, b.delta)?
+            self.product_transposed(s, down, size, b.delta)?
         };
         s.pending = Pending { sum, bias: l.down.bias };
         Ok(())
@@ -466,15 +409,8 @@ impl<D: Device> Cuda<D> {
             if !self.by_library(s, &params, false, &launch)? {
                 self.go(s, &launch, &params)?;
             }
-            let params = ArgmaxParams {
-                logits: b.logits,
-                token: b.token,
-                logprob: b.logprob,
-                parts: b.top_parts,
-                counters: b.top_counters,
-                vocab,
-            };
-            self.go(s, &s.kernels.argmax(n), &params)?;
+            let (launch, params) = s.sampling.likeliest(b.logits, n);
+            self.go(s, &launch, &params)?;
         }
         s.pending = Pending::default();
         Ok(())

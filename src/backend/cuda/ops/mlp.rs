@@ -1,9 +1,11 @@
 //! Selective MLP: which neurons a batch runs, and the two products over their rows only.
 
 use super::{Launcher, MAX_ROWS, MAX_WIDTH, Ops, Queue, Workspace, count, optional, pointer, width};
-use crate::backend::cuda::launch::{Kernels, SKINNY_ROWS};
+use crate::backend::cuda::launch::{Kernels, Launch, MADE_ROWS, SKINNY_ROWS};
 use crate::backend::cuda::memory::Places;
-use crate::backend::cuda::params::{ActivateParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr};
+use crate::backend::cuda::params::{
+    ActivateParams, DownParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr, RouterParams,
+};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -76,7 +78,9 @@ impl NeuronSelection {
         if self.logits == Ptr::NULL {
             narrow = sum_floats(k.linear(self.rows, self.rank, self.hidden).1, self.rows, self.rank);
             z = self.rows as usize * self.rank as usize;
-            sums = sum_floats(k.linear(self.rows, self.neurons, self.rank).1, self.rows, self.neurons);
+            if self.rows > SKINNY_ROWS {
+                sums = sum_floats(k.linear(self.rows, self.neurons, self.rank).1, self.rows, self.neurons);
+            }
         }
         SelectionLayout {
             narrow: p.take(narrow, 4),
@@ -154,15 +158,29 @@ impl Mlp {
         if self.index == Ptr::NULL { self.neurons } else { self.keep.next_multiple_of(8).min(MAX_WIDTH) }
     }
 
+    /// The first product's launch and parts: listed neurons are known before it starts.
+    fn first(&self, k: &Kernels) -> (Launch, u32) {
+        let (rows, n, d) = (self.rows, self.run(), self.hidden);
+        if self.index == Ptr::NULL { k.linear(rows, n, d) } else { k.linear_up(rows, n, d) }
+    }
+
+    /// Whether the second product makes its own input from the first one's sums.
+    fn made(&self) -> bool {
+        self.index != Ptr::NULL && self.rows <= MADE_ROWS
+    }
+
+    /// The second product's launch and parts.
+    fn second(&self, k: &Kernels) -> (Launch, u32) {
+        let (n, run) = (self.hidden, self.run());
+        if self.made() { k.mlp_down(n, run) } else { k.linear_transposed(self.rows, n, run) }
+    }
+
     fn layout(&self, k: &Kernels, p: &mut Places) -> MlpLayout {
         let run = self.run();
-        let first = sum_floats(k.linear(self.rows, run, self.hidden).1, self.rows, run);
-        let second = sum_floats(k.linear_transposed(self.rows, self.hidden, run).1, self.rows, self.hidden);
-        MlpLayout {
-            sums: p.take(first, 4),
-            y: p.take(self.rows as usize * run as usize, 2),
-            delta: p.take(second, 4),
-        }
+        let first = sum_floats(self.first(k).1, self.rows, run);
+        let second = sum_floats(self.second(k).1, self.rows, self.hidden);
+        let y = if self.made() { 0 } else { self.rows as usize * run as usize };
+        MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
     }
 
     fn bytes(&self, k: &Kernels) -> u64 {
@@ -191,44 +209,55 @@ impl Ops {
         let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
         let queue = Queue::new(launcher);
         let mark = MarkParams { active: op.active_rows, group: l.group, rows: op.rows };
-        let logits = if op.logits == Ptr::NULL {
-            for (name, at) in [("x", op.x), ("router_down", op.down), ("router_up", op.up)] {
-                pointer(name, at, 16)?;
-            }
-            queue.go(&k.mark_rows(), &mark)?;
-            let narrow =
-                product(&queue, k, (op.x, op.down, Ptr::NULL), (op.rows, op.rank, op.hidden), l.narrow)?;
-            let z = ActivateParams {
-                input: narrow,
-                out: l.z,
-                rows: op.rows,
-                n: op.rank,
-                valid: op.rank,
-                kind: NO_ACTIVATION,
-                ..Default::default()
-            };
-            queue.go(&k.activate(op.rows, op.rank), &z)?;
-            product(&queue, k, (l.z, op.up, Ptr::NULL), (op.rows, op.neurons, op.rank), l.sums)?
-        } else {
-            pointer("logits", op.logits, 16)?;
-            queue.go(&k.mark_rows(), &mark)?;
-            Partial { data: op.logits, splits: 1, columns: op.neurons }
-        };
-        let params = NeuronParams {
-            logits,
+        let mut params = NeuronParams {
             scores: l.scores,
             group: l.group,
-            last_group: Ptr::NULL,
             index: op.index,
-            masks: Ptr::NULL,
             nan_count: if op.nan_count == Ptr::NULL { l.nan_count } else { op.nan_count },
             rows: op.rows,
             n: op.neurons,
             keep0: op.keep,
-            keep_other: 0,
-            first_group: 0,
+            ..Default::default()
         };
-        queue.go(&k.neuron_scores(1, op.neurons), &params)?;
+        if op.logits != Ptr::NULL {
+            pointer("logits", op.logits, 16)?;
+            queue.go(&k.mark_rows(), &mark)?;
+            params.logits = Partial { data: op.logits, splits: 1, columns: op.neurons };
+            queue.go(&k.neuron_scores(1, op.neurons), &params)?;
+            return queue.go(&k.select_neurons(1, op.neurons), &params);
+        }
+        for (name, at) in [("x", op.x), ("router_down", op.down), ("router_up", op.up)] {
+            pointer(name, at, 16)?;
+        }
+        queue.go(&k.mark_rows(), &mark)?;
+        queue.settle();
+        let narrow = product(&queue, k, (op.x, op.down), (op.rows, op.rank, op.hidden), l.narrow)?;
+        let z = ActivateParams {
+            input: narrow,
+            out: l.z,
+            rows: op.rows,
+            n: op.rank,
+            valid: op.rank,
+            kind: NO_ACTIVATION,
+            ..Default::default()
+        };
+        queue.go(&k.activate(op.rows, op.rank), &z)?;
+        if op.rows <= SKINNY_ROWS {
+            let scores = RouterParams {
+                z: l.z,
+                w: op.up,
+                scores: l.scores,
+                group: l.group,
+                rows: op.rows,
+                n: op.neurons,
+                rank: op.rank,
+                first_group: 0,
+            };
+            queue.go(&k.router_scores(op.rows, op.neurons), &scores)?;
+        } else {
+            params.logits = product(&queue, k, (l.z, op.up), (op.rows, op.neurons, op.rank), l.sums)?;
+            queue.go(&k.neuron_scores(1, op.neurons), &params)?;
+        }
         queue.go(&k.select_neurons(1, op.neurons), &params)
     }
 
@@ -248,31 +277,60 @@ impl Ops {
         optional("down_bias", op.down_bias, 8)?;
         let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
         let (queue, run) = (Queue::new(launcher), op.run());
-        let first = product(&queue, k, (op.x, op.up, op.index), (op.rows, run, op.hidden), l.sums)?;
-        let activation = ActivateParams {
-            input: first,
-            up_bias: op.up_bias,
+        let (launch, splits) = op.first(k);
+        let up = LinearParams {
+            x: op.x,
+            w: op.up,
             index: op.index,
-            out: l.y,
+            out: l.sums,
             rows: op.rows,
             n: run,
-            valid: if op.index == Ptr::NULL { run } else { op.keep },
-            ..Default::default()
-        };
-        queue.go(&k.activate(op.rows, run), &activation)?;
-        let (launch, splits) = k.linear_transposed(op.rows, op.hidden, run);
-        let params = LinearParams {
-            x: l.y,
-            w: op.down,
-            index: op.index,
-            out: l.delta,
-            rows: op.rows,
-            n: op.hidden,
-            k: run,
+            k: op.hidden,
             splits,
             ..Default::default()
         };
-        queue.go(&launch, &params)?;
+        queue.go(&launch, &up)?;
+        let first = Partial { data: l.sums, splits, columns: run };
+        let (launch, splits) = op.second(k);
+        if op.made() {
+            let down = DownParams {
+                up: first,
+                up_bias: op.up_bias,
+                w: op.down,
+                index: op.index,
+                out: l.delta,
+                rows: op.rows,
+                n: op.hidden,
+                k: run,
+                valid: op.keep,
+                splits,
+            };
+            queue.go(&launch, &down)?;
+        } else {
+            let activation = ActivateParams {
+                input: first,
+                up_bias: op.up_bias,
+                index: op.index,
+                out: l.y,
+                rows: op.rows,
+                n: run,
+                valid: if op.index == Ptr::NULL { run } else { op.keep },
+                ..Default::default()
+            };
+            queue.go(&k.activate(op.rows, run), &activation)?;
+            let down = LinearParams {
+                x: l.y,
+                w: op.down,
+                index: op.index,
+                out: l.delta,
+                rows: op.rows,
+                n: op.hidden,
+                k: run,
+                splits,
+                ..Default::default()
+            };
+            queue.go(&launch, &down)?;
+        }
         let sum = ActivateParams {
             input: Partial { data: l.delta, splits, columns: op.hidden },
             up_bias: op.down_bias,
@@ -291,11 +349,11 @@ impl Ops {
 fn product(
     queue: &Queue<'_>,
     kernels: &Kernels,
-    (x, w, index): (Ptr, Ptr, Ptr),
+    (x, w): (Ptr, Ptr),
     (rows, n, k): (u32, u32, u32),
     out: Ptr,
 ) -> Result<Partial> {
     let (launch, splits) = kernels.linear(rows, n, k);
-    queue.go(&launch, &LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() })?;
+    queue.go(&launch, &LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })?;
     Ok(Partial { data: out, splits, columns: n })
 }

@@ -90,6 +90,12 @@ impl<'a> Queue<'a> {
         Queue { launcher, started: Cell::new(false) }
     }
 
+    /// The next launch waits too: what comes after it may use, before it waits by itself, what the
+    /// launches up to now made.
+    fn settle(&self) {
+        self.started.set(false);
+    }
+
     fn go<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         // SAFETY: `Params` are plain repr(C) structs; their bytes are read only.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) };
