@@ -20,6 +20,8 @@ mod module;
 mod neurons;
 pub mod ops;
 pub mod params;
+#[cfg(feature = "cuda")]
+mod probe;
 mod program;
 pub mod sampling;
 mod scratch;

@@ -1,8 +1,9 @@
 //! The kernels as the driver holds them in one CUDA context: loaded once, looked up by place, launched
 //! on any stream of that context.
 
-use super::driver::{FATBIN, check};
+use super::driver::FATBIN;
 use super::launch::{Launch, NAMES};
+use super::probe::check;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CString, c_int, c_void};

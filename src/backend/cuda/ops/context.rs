@@ -2,9 +2,9 @@
 //! launches on its streams. The context is never changed, pushed only to unload, and not kept alive.
 
 use super::{Launcher, Ops};
-use crate::backend::cuda::driver::{check, count, with_driver};
 use crate::backend::cuda::launch::Launch;
 use crate::backend::cuda::module::{Module, missing_kernels};
+use crate::backend::cuda::probe::{check, count, with_driver};
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUdevice_attribute as A};
 use std::ffi::c_void;
