@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const ARCHS: &str = "80 90a 100 120";
-/// Kernels that must not spill registers: the ones a decode step spends its time in.
+/// Kernels that must not spill registers: the ones a step spends its time in.
 const HOT: &[&str] = &[
     "attention_decode_",
+    "attention_prefill_",
     "linear_skinny_",
     "linear_up_",
     "linear_down_",

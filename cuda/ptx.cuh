@@ -139,9 +139,22 @@ template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- copies from global to shared memory -------------------------------------------------------
-
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Four 8x8 matrices of 16-bit elements out of shared memory. Lane l points at the 16 bytes of row
+// l % 8 of matrix l / 8; lane 4 g + t gets of matrix i, in out[i], elements 2t and 2t+1 of row g:
+// a of mma with matrices (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15).
+DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)));
+}
+// The same with every matrix transposed: elements g of rows 2t and 2t+1.
+DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)));
+}
+
+// ---- copies from global to shared memory -------------------------------------------------------
 
 // One thread's 16 (8) bytes, zeros when not valid; both addresses aligned. Done after copy_wait.
 DEVICE void copy_async16(void* shared, const void* global, bool valid) {

@@ -22,7 +22,7 @@ impl Rng {
     pub(crate) fn normal(&mut self) -> f64 {
         (-2.0 * self.unit().max(1e-12).ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
     }
-    fn shuffled(&mut self, n: u32) -> Vec<u32> {
+    pub(crate) fn shuffled(&mut self, n: u32) -> Vec<u32> {
         let mut v: Vec<u32> = (0..n).collect();
         for i in (1..n as usize).rev() {
             v.swap(i, (self.bits() % (i as u64 + 1)) as usize);
@@ -504,44 +504,4 @@ pub(crate) fn small(gpu: &Gpu) {
             f64::from(rows * vocab) * 4.0,
         );
     }
-}
-
-/// Prefill attention, one causal prompt, LLaMA-3.1-8B.
-pub(crate) fn prefill(gpu: &Gpu) {
-    let (heads, kv_heads, hd) = (32u32, 8u32, 128u32);
-    let k = gpu.kernels(hd, heads / kv_heads);
-    for tokens in [512u32, 2048, 4096] {
-        let pages = tokens / 16;
-        let pool = gpu.random(u64::from(pages) * u64::from(kv_heads) * 4096, 1.0);
-        let table = gpu.words(&Rng(5).shuffled(pages));
-        let q = gpu.random(u64::from(tokens * heads * hd), 1.0);
-        let out = gpu.room(u64::from(tokens * heads * hd) * 2);
-        let each = k.tile_tokens();
-        // Longest first.
-        let tiles: Vec<u32> = (0..tokens.div_ceil(each))
-            .rev()
-            .flat_map(|i| [i * each, each.min(tokens - i * each), i * each, tokens, 0])
-            .collect();
-        let tiles_d = gpu.words(&tiles);
-        let params = PrefillParams {
-            q: q.at,
-            kv: pool.at,
-            pages: table.at,
-            tiles: tiles_d.at,
-            out: out.at,
-            heads,
-            kv_heads,
-            window: NONE,
-            scale: std::f32::consts::LOG2_E / (hd as f32).sqrt(),
-        };
-        let launch = k.prefill(tiles.len() as u32 / 5, kv_heads).unwrap();
-        let us = gpu.time(1, |_| gpu.start(&launch, &params));
-        let flops = 2.0 * f64::from(tokens) * f64::from(tokens) * f64::from(heads * hd);
-        println!("attention_prefill  causal {tokens}: {us:.1} us, {:.0} TFLOP/s", flops / us / 1e6);
-        println!(
-            r#"{{"kind":"kernel","kernel":"attention_prefill","tokens":{tokens},"us":{us:.2},"tflops":{:.1}}}"#,
-            flops / us / 1e6
-        );
-    }
-    gpu.device.synchronize().unwrap();
 }

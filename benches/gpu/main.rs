@@ -11,6 +11,7 @@
 mod kernels;
 mod layer;
 mod models;
+mod prefill;
 mod sampling;
 #[path = "../support/shapes.rs"]
 mod shapes;
@@ -31,7 +32,7 @@ const PARTS: &[Part] = &[
     ("mlp", kernels::selective_mlp),
     ("small", kernels::small),
     ("sampling", sampling::sampling),
-    ("prefill", kernels::prefill),
+    ("prefill", prefill::prefill),
 ];
 
 fn main() {

@@ -67,6 +67,7 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
             continue;
         }
         let cuda = Cuda::new(Arc::clone(device), true).tuned(tuning());
+        let told = device.product_choices().len();
         let weights = CudaWeights::random(device, &model.spec).unwrap();
         let info = model.routers();
         let routers = CudaRouters::random(device, &model.spec, &info).unwrap();
@@ -82,6 +83,12 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
                 }
                 point(gpu, &cuda, &weights, &routers, &model, batch, context);
             }
+        }
+        for c in device.product_choices().split_off(told) {
+            println!(
+                r#"{{"kind":"choice","model":"{}","rows":{},"n":{},"k":{},"transposed":{},"first_us":{:.1},"best_us":{:.1},"own_us":{:.1},"own":{}}}"#,
+                model.name, c.rows, c.n, c.k, c.transposed, c.first_us, c.best_us, c.own_us, c.own
+            );
         }
     }
 }
@@ -105,7 +112,14 @@ fn point(
         let step = make(cuda, weights, model, &limits, batch, context, density, mlp);
         let mut report = Report::with_limits(&limits).unwrap();
         let (mut whole, mut host) = (vec![], vec![]);
+        let mut program = 0;
         for i in 0..WARM_UP + TIMED {
+            // The second step of a kind is recorded.
+            if i == 1 {
+                program = cuda.free_memory().unwrap();
+            } else if i == 2 {
+                program = program.saturating_sub(cuda.free_memory().unwrap());
+            }
             let start = Instant::now();
             let mut r =
                 Run { backend: cuda, weights, routers: Some(routers), kv: &mut kv, scratch: &mut scratch };
@@ -121,6 +135,9 @@ fn point(
             v.sort_by(f64::total_cmp);
             v[v.len() / 2]
         };
+        if program > 0 {
+            println!("recorded step: {} KiB of device memory", program >> 10);
+        }
         (Times { step: median(&mut whole), host: median(&mut host) }, report.kv_bytes_read as f64)
     };
     let (dense, kv_dense) = run(1.0, MlpMode::Dense);

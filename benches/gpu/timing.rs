@@ -75,12 +75,15 @@ impl Gpu {
         };
         let driver = says("nvidia-smi", &["--query-gpu=driver_version", "--format=csv,noheader"]);
         let arguments: Vec<String> = std::env::args().skip(1).collect();
+        // The library says which commit it was built from.
+        let commit = env!("POLAR_BUILD_INFO").split("git ").nth(1).and_then(|s| s.split(')').next());
+        let commit = commit.unwrap_or("unknown");
         self.record(&format!(
-            r#"{{"kind":"run","date":"{}","gpu":"{}","driver":"{}","build":"{}","command":"bench-gpu {}"}}"#,
+            r#"{{"kind":"run","date":"{}","gpu":"{}","driver":"{}","commit":"{}","command":"bench-gpu {}"}}"#,
             says("date", &["-u", "+%F %H:%M"]).unwrap_or_default(),
             self.name(),
             driver.unwrap_or_default(),
-            env!("POLAR_BUILD_INFO"),
+            commit,
             arguments.join(" "),
         ));
         let copy = self.copy_stream();

@@ -153,6 +153,28 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
     sync_warp();
 }
 
+// Element (row, column) of matrix i as two bytes, from the 16 bytes each lane points at.
+template <bool TRANSPOSED> void host_load_matrices(uint32_t (&out)[4], const void* row) {
+    host::Warp& w = host::warp();
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    if ((uintptr_t)row % 16) __builtin_trap();  // misaligned
+    memcpy(w.words[lane], &row, sizeof row);
+    sync_warp();
+    for (int i = 0; i < 4; i++) {
+        uint16_t two[2];
+        for (int e = 0; e < 2; e++) {
+            const int from = TRANSPOSED ? 2 * t + e : g, column = TRANSPOSED ? g : 2 * t + e;
+            const unsigned char* at;
+            memcpy(&at, w.words[8 * i + from], sizeof at);
+            memcpy(&two[e], at + 2 * column, 2);
+        }
+        out[i] = two[0] | (uint32_t)two[1] << 16;
+    }
+    sync_warp();
+}
+DEVICE void load_matrices(uint32_t (&out)[4], const void* row) { host_load_matrices<false>(out, row); }
+DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) { host_load_matrices<true>(out, row); }
+
 DEVICE void host_finish(const host::Copy& c) {
     if (c.valid) memcpy(c.target, c.source, c.bytes);
     else memset(c.target, 0, c.bytes);

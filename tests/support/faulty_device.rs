@@ -74,6 +74,10 @@ impl Faulty {
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
+    fn spoiled(&self, launch: &Launch) -> Launch {
+        let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
+        if self.launch.due() { too_much } else { *launch }
+    }
     fn may_fail(&self, what: &str) -> Result<()> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         if self.call.due() {
@@ -117,21 +121,31 @@ impl Device for Faulty {
         self.frees.fetch_add(1, Ordering::Relaxed);
         self.inner.free(at);
     }
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        if self.alloc.due() {
+            return Err(Error::new(Status::E_DEVICE_NOMEM, format!("{bytes} bytes, refused on purpose")));
+        }
+        let at = self.inner.alloc_host(bytes)?;
+        self.allocations.fetch_add(1, Ordering::Relaxed);
+        Ok(at)
+    }
+    fn free_host(&self, at: NonNull<u8>) {
+        self.frees.fetch_add(1, Ordering::Relaxed);
+        self.inner.free_host(at);
+    }
+    fn unmark(&self, mark: u64) {
+        self.inner.unmark(mark);
+    }
+    fn unrecord(&self) {
+        self.inner.unrecord();
+    }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.may_fail("start")?;
-        if self.launch.due() {
-            let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
-            return self.inner.start(&too_much, params);
-        }
-        self.inner.start(launch, params)
+        self.inner.start(&self.spoiled(launch), params)
     }
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.may_fail("start_beside")?;
-        if self.launch.due() {
-            let too_much = Launch { shared: self.shared_per_block() + 1024, ..*launch };
-            return self.inner.start_beside(&too_much, params);
-        }
-        self.inner.start_beside(launch, params)
+        self.inner.start_beside(&self.spoiled(launch), params)
     }
     fn recorded(&self) -> Result<u64> {
         // As with the driver, a recording that cannot be ended well is over all the same.
@@ -142,20 +156,10 @@ impl Device for Faulty {
     fn forget(&self, program: u64) {
         self.inner.forget(program);
     }
-    fn unrecord(&self) {
-        self.inner.unrecord();
-    }
-    fn free_host(&self, at: NonNull<u8>) {
-        self.inner.free_host(at);
-    }
-    fn unmark(&self, mark: u64) {
-        self.inner.unmark(mark);
-    }
     may_fail! {
         fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
         fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
         fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
-        fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
         fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
         fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
         fn mark(&self, old: u64) -> Result<u64>;

@@ -24,7 +24,7 @@ for line in sys.stdin:
 '
 }
 {
-    programs test --test cuda_kernels --test cuda_backend --test cuda_driver --test cuda_faults \
+    programs test --test cuda_kernels --test cuda_backend --test cuda_steps --test cuda_driver --test cuda_faults \
         --test soak --test agreement --test fixtures
     programs bench --bench gpu
 } | while read -r name file; do

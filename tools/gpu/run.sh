@@ -37,7 +37,7 @@ on_gpu() {
 
 case $what in
 tests)
-    for name in cuda_driver cuda_kernels cuda_backend cuda_faults; do on_gpu $name 150; done
+    for name in cuda_driver cuda_kernels cuda_backend cuda_steps cuda_faults; do on_gpu $name 150; done
     if [ -f fixtures/llama-tiny/model.safetensors ] && [ -f fixtures/opt-tiny/model.safetensors ]; then
         on_gpu fixtures 200 --nocapture
     else

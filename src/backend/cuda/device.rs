@@ -29,7 +29,7 @@ pub trait Device: Send + Sync + 'static {
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
     /// Host memory that `send` and `fetch` may use while the host goes on, at least 16-byte aligned.
     fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
-    /// Gives it back. Only addresses `alloc_host` gave, with no copy under way.
+    /// Gives it back, once no copy is under way. Only addresses `alloc_host` gave.
     fn free_host(&self, at: NonNull<u8>);
     /// Starts a copy to the device from memory `alloc_host` gave, which must stay and not change until
     /// a mark set later is reached.

@@ -7,15 +7,17 @@
 
 use super::device::Device;
 use super::launch::Launch;
-use super::library::{Contest, Library, WORKSPACE};
+pub use super::library::Choice;
+use super::library::{Contest, Library, WORKSPACE, Work};
 use super::module::{Module, missing_kernels};
 use super::params::{LinearParams, Ptr};
 pub use super::probe::{Found, count, describe};
 use super::probe::{check, with_driver};
+use super::side::{Lane, Side};
+use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::cell::Cell;
 use std::ffi::c_int;
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -26,12 +28,13 @@ pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN
 #[cfg(not(polar_kernels))]
 pub(super) static FATBIN: Option<&[u8]> = None;
 
-/// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
-/// may use is leaked, since the driver would wait for it without end.
-const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 /// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
 /// library's first proposal is good and a comparison would hold up a prompt.
 const TIMED_ROWS: u32 = 256;
+
+/// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
+/// may use is leaked, since the driver would wait for it without end.
+const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 
 /// A GPU.
 pub struct Driver {
@@ -48,66 +51,16 @@ pub struct Driver {
     shared_per_block: u32,
     library: Option<Library>,
     workspace: u64,
-    /// Work did not end within [`RELEASE_WAIT_NS`].
-    stuck: AtomicBool,
     /// Products are chosen by time.
     timed: bool,
+    /// Work did not end within [`RELEASE_WAIT_NS`].
+    stuck: AtomicBool,
 }
 
 /// Some number of this thread, not 0.
-fn this_thread() -> usize {
+pub(super) fn this_thread() -> usize {
     thread_local!(static HERE: u8 = const { 0 });
     HERE.with(|here| &raw const *here as usize)
-}
-
-/// Memory larger than the caches, written to empty them; none where there is not that much.
-struct Flush(u64);
-
-const FLUSH_BYTES: usize = 128 << 20;
-
-impl Flush {
-    fn new() -> Flush {
-        let mut at = 0;
-        // SAFETY: out-parameter is local; on an error it stays 0.
-        let _ = unsafe { sys::cuMemAlloc_v2(&mut at, FLUSH_BYTES) };
-        Flush(at)
-    }
-
-    fn run(&self, stream: sys::CUstream) -> Result<()> {
-        if self.0 == 0 {
-            return Ok(());
-        }
-        // SAFETY: the range was allocated above.
-        check("flush", unsafe { sys::cuMemsetD8Async(self.0, 0, FLUSH_BYTES, stream) })
-    }
-}
-
-impl Drop for Flush {
-    fn drop(&mut self) {
-        if self.0 != 0 {
-            // SAFETY: allocated above, in the context that is still current.
-            let _ = unsafe { sys::cuMemFree_v2(self.0) };
-        }
-    }
-}
-
-/// The stream of the side work, and where it meets the other one.
-struct Side {
-    stream: sys::CUstream,
-    /// Of the fork and of the join.
-    events: [sys::CUevent; 2],
-    /// The thread that forked, 0: none. One at a time: who comes second goes on in one stream.
-    owner: AtomicUsize,
-}
-
-const MAIN: usize = 0;
-const SIDE: usize = 1;
-
-thread_local! {
-    /// This thread's next launch on the main (side) stream comes right after a wait for the other one.
-    static IN_ORDER: [Cell<bool>; 2] = const { [Cell::new(false), Cell::new(false)] };
-    /// This thread's side work went to the main stream since the last join.
-    static IN_LINE: Cell<bool> = const { Cell::new(false) };
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -116,7 +69,7 @@ unsafe impl Send for Driver {}
 unsafe impl Sync for Driver {}
 
 /// Makes a context current for a scope.
-struct Entered;
+pub(super) struct Entered;
 
 impl Drop for Entered {
     fn drop(&mut self) {
@@ -143,15 +96,15 @@ impl Driver {
             stream: null_mut(),
             recorder: null_mut(),
             recording: AtomicUsize::new(0),
-            side: Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) },
+            side: Side::none(),
             module: None,
             name: String::new(),
             multiprocessors: 0,
             shared_per_block: 0,
             library: None,
             workspace: 0,
-            stuck: AtomicBool::new(false),
             timed: true,
+            stuck: AtomicBool::new(false),
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -176,22 +129,17 @@ impl Driver {
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
-            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
-            let (mut least, mut greatest) = (0, 0);
-            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
-            check(
-                "CUDA stream",
-                sys::cuStreamCreateWithPriority(&mut driver.side.stream, non_blocking, greatest),
-            )?;
-            let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-            for event in &mut driver.side.events {
-                check("CUDA event", sys::cuEventCreate(event, untimed))?;
-            }
+            driver.side.create()?;
             driver.module = Some(Module::load(&driver.name, driver.shared_per_block, major >= 9)?);
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
         }
         Ok(driver)
+    }
+
+    /// How products' kernels were chosen so far; empty without cuBLASLt.
+    pub fn product_choices(&self) -> Vec<Choice> {
+        self.library.as_ref().map_or_else(Vec::new, Library::choices)
     }
 
     /// Whether cuBLASLt was found.
@@ -208,39 +156,20 @@ impl Driver {
         Ok(value)
     }
 
-    fn enter(&self) -> Result<Entered> {
+    pub(super) fn enter(&self) -> Result<Entered> {
         // SAFETY: the context is retained for as long as `self` lives.
         check("CUDA context", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
         Ok(Entered)
     }
 
-    fn launch(&self, stream: sys::CUstream, which: usize, launch: &Launch, params: &[u8]) -> Result<()> {
+    fn launch(&self, (stream, lane): (sys::CUstream, Lane), launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
         // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
         // for that one only: right after a wait for the other stream the launch itself has to be in order.
-        let in_order = IN_ORDER.with(|next| next[which].replace(false));
+        let early = !lane.takes_order();
         let module = self.module.as_ref().ok_or_else(|| Error::invalid("the kernels are not loaded"))?;
         // SAFETY: this device's context is current and the stream its own.
-        unsafe { module.launch(launch, params, stream, !in_order) }
-    }
-
-    /// What comes next on `second` waits for what is on `first` so far.
-    fn meet(&self, first: sys::CUstream, event: sys::CUevent, second: sys::CUstream) -> Result<()> {
-        let _entered = self.enter()?;
-        // SAFETY: streams and event are this object's own; in a capture both become edges of the graph.
-        unsafe {
-            check("CUDA event", sys::cuEventRecord(event, first))?;
-            check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
-        }
-    }
-
-    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
-    fn is_quiet(&self) -> bool {
-        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
-        // An error means that nothing runs any more.
-        let quiet = !matches!(self.finished(wait), Ok(false));
-        self.stuck.store(!quiet, Ordering::Relaxed);
-        quiet
+        unsafe { module.launch(launch, params, stream, early) }
     }
 
     /// Where this thread's work goes now.
@@ -258,48 +187,22 @@ impl Driver {
         }
     }
 
-    /// Microseconds of work on the stream, the caches cold: the median of a few runs.
-    fn time_cold(&self, flush: &Flush, work: &dyn Fn() -> Result<()>) -> Result<f32> {
-        let mut runs = [0.0; 5];
-        work()?;
-        for us in &mut runs {
-            flush.run(self.stream)?;
-            *us = 1e3 * self.time(work)?;
-        }
-        runs.sort_by(f32::total_cmp);
-        Ok(runs[runs.len() / 2])
+    pub(super) fn queue(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
+    fn is_quiet(&self) -> bool {
+        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
+        // An error means that nothing runs any more.
+        let quiet = !matches!(self.finished(wait), Ok(false));
+        self.stuck.store(!quiet, Ordering::Relaxed);
+        quiet
     }
 
     /// The stream, for hosts that queue their own work beside it.
     pub fn stream(&self) -> u64 {
         self.stream as u64
-    }
-
-    /// Milliseconds that `work` takes on the device, by its own clock.
-    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
-        let _entered = self.enter()?;
-        let mut events = [null_mut(); 2];
-        let mut ms = 0.0;
-        // SAFETY: events are made and destroyed here, in this context; `cuEventElapsedTime_v2` exists
-        // in every driver that `count` lets through.
-        unsafe {
-            for e in &mut events {
-                check("CUDA event", sys::cuEventCreate(e, 0))?;
-            }
-            let run = || {
-                check("CUDA event", sys::cuEventRecord(events[0], self.stream))?;
-                work()?;
-                check("CUDA event", sys::cuEventRecord(events[1], self.stream))?;
-                check("CUDA event", sys::cuEventSynchronize(events[1]))?;
-                check("CUDA event", sys::cuEventElapsedTime_v2(&mut ms, events[0], events[1]))
-            };
-            let done = run();
-            for e in events {
-                let _ = sys::cuEventDestroy_v2(e);
-            }
-            done?;
-        }
-        Ok(ms)
     }
 }
 
@@ -318,13 +221,7 @@ impl Drop for Driver {
                 if !self.recorder.is_null() {
                     let _ = sys::cuStreamDestroy_v2(self.recorder);
                 }
-                if !self.side.stream.is_null() {
-                    let _ = sys::cuStreamSynchronize(self.side.stream);
-                    let _ = sys::cuStreamDestroy_v2(self.side.stream);
-                }
-                for event in self.side.events.into_iter().filter(|e| !e.is_null()) {
-                    let _ = sys::cuEventDestroy_v2(event);
-                }
+                self.side.destroy();
                 self.library = None;
                 if self.workspace != 0 {
                     let _ = sys::cuMemFree_v2(self.workspace);
@@ -409,8 +306,10 @@ impl Device for Driver {
     }
 
     fn free_host(&self, at: NonNull<u8>) {
-        if let Ok(_entered) = self.enter() {
-            // SAFETY: `at` came from `alloc_host`, and no copy uses it by the trait's contract.
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
+            // SAFETY: `at` came from `alloc_host`; copies that use it have ended.
             let _ = unsafe { sys::cuMemFreeHost(at.as_ptr().cast()) };
         }
     }
@@ -469,41 +368,21 @@ impl Device for Driver {
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        self.launch(self.current(), MAIN, launch, params)
+        self.launch((self.current(), Lane::Main), launch, params)
     }
 
     fn fork(&self) -> Result<()> {
-        let side = &self.side;
-        if side.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
-            return Ok(());
-        }
-        let met = self.meet(self.current(), side.events[0], side.stream);
-        if met.is_err() {
-            side.owner.store(0, Ordering::Release);
-        }
-        IN_ORDER.with(|next| next[SIDE].set(true));
-        met
+        let _entered = self.enter()?;
+        self.side.fork(self.current())
     }
 
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if self.side.owner.load(Ordering::Relaxed) == this_thread() {
-            return self.launch(self.side.stream, SIDE, launch, params);
-        }
-        IN_LINE.set(true);
-        self.launch(self.current(), MAIN, launch, params)
+        self.launch(self.side.lane(self.current()), launch, params)
     }
 
     fn join(&self) -> Result<()> {
-        let owns = self.side.owner.load(Ordering::Relaxed) == this_thread();
-        if IN_LINE.replace(false) || owns {
-            IN_ORDER.with(|next| next[MAIN].set(true));
-        }
-        if !owns {
-            return Ok(());
-        }
-        let met = self.meet(self.side.stream, self.side.events[1], self.current());
-        self.side.owner.store(0, Ordering::Release);
-        met
+        let _entered = self.enter()?;
+        self.side.join(self.current())
     }
 
     fn product(
@@ -522,12 +401,12 @@ impl Device for Driver {
         // A recording runs nothing, so nothing can be timed while it lasts.
         let timed = self.timed && stream == self.stream && params.rows <= TIMED_ROWS;
         let flush = timed.then(Flush::new);
-        let time = |work: &dyn Fn() -> Result<()>| match &flush {
+        let time = |work: &Work<'_>| match &flush {
             Some(flush) => self.time_cold(flush, work),
             None => Ok(f32::INFINITY),
         };
         let start_own = own.map(|launch| move || super::device::start(self, launch, params));
-        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &dyn Fn() -> Result<()>) };
+        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &Work<'_>) };
         library.choose(params, transposed, dtype, stream.cast(), timed.then_some(&contest))
     }
 

@@ -35,9 +35,12 @@ macro_rules! names {
             "attention_decode_tall_f16_64", "attention_decode_tall_f16_80",
             "attention_decode_tall_f16_96", "attention_decode_tall_f16_128",
             "attention_prefill_bf16_64", "attention_prefill_bf16_80", "attention_prefill_bf16_96",
-            "attention_prefill_bf16_128",
+            "attention_prefill_bf16_128", "attention_prefill_bf16_256",
             "attention_prefill_f16_64", "attention_prefill_f16_80", "attention_prefill_f16_96",
-            "attention_prefill_f16_128",
+            "attention_prefill_f16_128", "attention_prefill_f16_256",
+            "attention_prefill_8x16_bf16_128", "attention_prefill_4x16_bf16_128",
+            "attention_prefill_8x32_bf16_128", "attention_prefill_12x16_bf16_128",
+            "attention_prefill_8x16_128_bf16_128",
             "linear_skinny_bf16_1", "linear_skinny_bf16_2", "linear_skinny_bf16_4", "linear_skinny_bf16_8",
             "linear_skinny_f16_1", "linear_skinny_f16_2", "linear_skinny_f16_4", "linear_skinny_f16_8",
             "linear_up_bf16_1", "linear_up_bf16_2", "linear_up_bf16_4", "linear_up_bf16_8",
@@ -78,8 +81,35 @@ pub const ARGMAX_PIECES: u32 = 32;
 pub const DECODE_MIN_PAGES: u32 = 6;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
-/// Packed query rows of a prefill tile.
-pub const TILE_ROWS: u32 = 64;
+
+/// What one block of the prefill attention works on, as `cuda/attention_prefill.cu` instantiates it.
+#[derive(Clone, Copy, Debug)]
+struct PrefillTile {
+    warps: u32,
+    /// Packed query rows.
+    rows: u32,
+    /// Tokens of the cache a step.
+    keys: u32,
+}
+
+impl PrefillTile {
+    fn of(head_dim: u32) -> PrefillTile {
+        match head_dim {
+            0..=128 => PrefillTile { warps: 4, rows: 128, keys: 64 },
+            _ => PrefillTile { warps: 4, rows: 64, keys: 32 },
+        }
+    }
+}
+
+/// Other cuts of the prefill attention at bf16 and head size 128, for the benchmark to compare: name
+/// (warps x rows of a warp), and the tile.
+const PREFILL_CUTS: [(&str, PrefillTile); 5] = [
+    ("8x16", PrefillTile { warps: 8, rows: 128, keys: 64 }),
+    ("4x16", PrefillTile { warps: 4, rows: 64, keys: 64 }),
+    ("8x32", PrefillTile { warps: 8, rows: 256, keys: 64 }),
+    ("12x16", PrefillTile { warps: 12, rows: 192, keys: 48 }),
+    ("8x16_128", PrefillTile { warps: 8, rows: 128, keys: 128 }),
+];
 
 /// Choices between launches that compute the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +162,8 @@ pub struct Kernels {
     transpose: Id,
     convert: Id,
     decode: Id,
-    prefill: Option<Id>,
+    prefill: Id,
+    prefill_tile: PrefillTile,
     skinny: [Id; 4],
     up: [Id; 4],
     router: [Id; 4],
@@ -211,7 +242,8 @@ impl Kernels {
             transpose: by_name("transpose16")?,
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
-            prefill: sized("attention_prefill").ok(),
+            prefill: sized("attention_prefill").map_err(unsupported)?,
+            prefill_tile: PrefillTile::of(head_dim),
             skinny: by_rows("linear_skinny")?,
             up: by_rows("linear_up")?,
             router: by_rows("router_scores")?,
@@ -368,18 +400,33 @@ impl Kernels {
         Launch { kernel: self.decode, grid: (self.decode_workers(), 1), threads: 128, shared }
     }
 
-    /// Query tokens of one prefill tile.
-    pub fn tile_tokens(&self) -> u32 {
-        TILE_ROWS / self.group
+    /// Names of the other cuts of the prefill attention at bf16 and head size 128.
+    pub fn prefill_cuts() -> impl Iterator<Item = &'static str> {
+        PREFILL_CUTS.iter().map(|c| c.0)
     }
 
-    /// Prefill attention over `tiles` tiles; an error for head size 256, which only decode has.
-    pub fn prefill(&self, tiles: u32, kv_heads: u32) -> Result<Launch> {
-        let kernel = self.prefill.ok_or_else(|| {
-            Error::unsupported(format!("prefill attention with head size {}: not built", self.head_dim))
-        })?;
-        let shared = 2 * 4 * (64 * self.head_dim + 8);
-        Ok(Launch { kernel, grid: (tiles, kv_heads), threads: 128, shared })
+    /// The same kernels with another cut of the prefill attention.
+    pub fn with_prefill_cut(self, name: &str) -> Result<Kernels> {
+        let cut = PREFILL_CUTS.iter().find(|c| c.0 == name && self.head_dim == 128);
+        let tile = cut.ok_or_else(|| Error::invalid(format!("no cut {name} of the prefill attention")))?.1;
+        Ok(Kernels {
+            prefill: by_name(&format!("attention_prefill_{name}_bf16_128"))?,
+            prefill_tile: tile,
+            ..self
+        })
+    }
+
+    /// Query tokens of one prefill tile.
+    pub fn tile_tokens(&self) -> u32 {
+        self.prefill_tile.rows / self.group
+    }
+
+    /// Prefill attention over `tiles` tiles.
+    pub fn prefill(&self, tiles: u32, kv_heads: u32) -> Launch {
+        let tile = self.prefill_tile;
+        // The queries and three loads of the cache, rows 16 bytes apart.
+        let shared = (tile.rows + 3 * tile.keys) * (2 * self.head_dim + 16);
+        Launch { kernel: self.prefill, grid: (tiles * kv_heads, 1), threads: 32 * tile.warps, shared }
     }
 
     /// `x [rows][k]` times `w [n][k]`: the launch, and into how many parts the sum is cut.

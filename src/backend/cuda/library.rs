@@ -37,14 +37,40 @@ pub(super) struct Library {
     workspace: CUdeviceptr,
     /// What does each shape; `None`: our own kernel.
     plans: Mutex<HashMap<Key, Option<Plan>>>,
+    contests: Mutex<Vec<Choice>>,
 }
+
+/// How a product's kernel was chosen: microseconds of each with cold caches, infinite where it did not
+/// run.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// Rows of x.
+    pub rows: u32,
+    /// Columns of the result.
+    pub n: u32,
+    /// Length of the sums.
+    pub k: u32,
+    /// The matrix is stored `[k, n]`.
+    pub transposed: bool,
+    /// The library's first proposal.
+    pub first_us: f32,
+    /// Its fastest.
+    pub best_us: f32,
+    /// Our own kernel.
+    pub own_us: f32,
+    /// Our own kernel was taken.
+    pub own: bool,
+}
+
+/// Starts something.
+pub(super) type Work<'a> = dyn Fn() -> Result<()> + 'a;
 
 /// How kernels are compared.
 pub(super) struct Contest<'a> {
     /// Microseconds of what a closure starts.
-    pub(super) time: &'a dyn Fn(&dyn Fn() -> Result<()>) -> Result<f32>,
+    pub(super) time: &'a dyn Fn(&Work<'_>) -> Result<f32>,
     /// Starts our own kernel for the same product, if that competes.
-    pub(super) own: Option<&'a dyn Fn() -> Result<()>>,
+    pub(super) own: Option<&'a Work<'a>>,
 }
 
 /// Algorithms asked for.
@@ -83,7 +109,7 @@ impl Library {
             }
         });
         let handle = made.ok().flatten()?;
-        Some(Library { handle, workspace, plans: Mutex::default() })
+        Some(Library { handle, workspace, plans: Mutex::default(), contests: Mutex::default() })
     }
 
     /// Starts the product on `stream` if its shape was met before; false: our own kernel has to.
@@ -123,6 +149,11 @@ impl Library {
         }
     }
 
+    /// The contests so far, in their order.
+    pub(super) fn choices(&self) -> Vec<Choice> {
+        self.contests.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
     /// Forgets every choice.
     pub(super) fn forget(&mut self) {
         self.plans.get_mut().unwrap_or_else(|e| e.into_inner()).clear();
@@ -141,20 +172,22 @@ impl Library {
         let Some(first) = proposals[0] else { return Ok(None) };
         plan.algorithm = first;
         let Some(contest) = contest else { return Ok(Some(plan)) };
-        let mut best = f32::INFINITY;
+        let (mut first, mut best) = (None, f32::INFINITY);
         for algorithm in proposals.iter().flatten() {
             // A proposal that does not run is none.
-            let Ok(us) = (contest.time)(&|| self.start(&plan, algorithm, p, stream)) else { continue };
+            let us = (contest.time)(&|| self.start(&plan, algorithm, p, stream)).unwrap_or(f32::INFINITY);
+            first = first.or(Some(us));
             if us < best {
                 (best, plan.algorithm) = (us, *algorithm);
             }
         }
-        if let Some(own) = contest.own
-            && (contest.time)(own)? < best + EARLY_START
-        {
-            return Ok(None);
-        }
-        Ok(Some(plan))
+        let own_us = contest.own.map_or(Ok(f32::INFINITY), contest.time)?;
+        let own = own_us < best + EARLY_START;
+        let (rows, n, k, transposed, _) = key;
+        let first_us = first.unwrap_or(best);
+        let choice = Choice { rows, n, k, transposed, first_us, best_us: best, own_us, own };
+        self.contests.lock().unwrap_or_else(|e| e.into_inner()).push(choice);
+        Ok((!own).then_some(plan))
     }
 
     fn start(

@@ -100,8 +100,6 @@ impl<D: Device> HostWords<D> {
 
 impl<D: Device> Drop for HostWords<D> {
     fn drop(&mut self) {
-        // A copy may still be under way when a step failed; an error here is the device's end.
-        let _ = self.device.synchronize();
         if self.mark != 0 {
             self.device.unmark(self.mark);
         }

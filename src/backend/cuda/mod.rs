@@ -26,7 +26,11 @@ mod program;
 pub mod sampling;
 mod scratch;
 mod shape;
+#[cfg(feature = "cuda")]
+mod side;
 mod stages;
+#[cfg(feature = "cuda")]
+mod stopwatch;
 mod tables;
 mod weights;
 
@@ -217,8 +221,7 @@ impl<D: Device> Backend for Cuda<D> {
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
         }
-        let tile = s.kernels.tile_tokens();
-        s.tables.send(step, w.spec.num_kv_heads, w.spec.window, tile)?;
+        s.tables.send(step, w.spec.num_kv_heads, w.spec.window)?;
         s.sampling.clear()?;
         s.scored = None;
         s.heads_selected = None;

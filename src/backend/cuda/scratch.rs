@@ -112,8 +112,7 @@ impl<D: Device> CudaScratch<D> {
         if r.iter().any(|l| l.rank > 0) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
-        let group = s.heads / s.kv_heads;
-        let mut tables = Tables::new(device, limits, s.layers, group)?;
+        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens())?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &mut p);
@@ -232,7 +231,7 @@ fn places(
         parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
-        tables: p.take(tables::bytes(limits, s.layers, group) as usize, 1),
+        tables: p.take(tables::bytes(limits, s.layers, k.tile_tokens()) as usize, 1),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Position};
 
 /// Head sizes with kernels for prompts and decoding.
-const HEAD_DIMS: [usize; 4] = [64, 80, 96, 128];
+const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -45,7 +45,7 @@ impl Shape {
         };
         let head_dim = spec.head_dim as usize;
         let hd = HEAD_DIMS.into_iter().find(|&h| h >= head_dim).ok_or_else(|| {
-            Error::unsupported(format!("head size {head_dim} on a CUDA device: at most 128 is built"))
+            Error::unsupported(format!("head size {head_dim} on a CUDA device: at most 256 is built"))
         })?;
         if !spec.hidden_size.is_multiple_of(8) {
             return Err(Error::unsupported(format!(

@@ -126,12 +126,11 @@ impl<D: Device> Cuda<D> {
         let b = s.buffers;
         self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows))?;
         self.fork(s, step, layer)?;
-        let decode = s.tables.rows().decode;
         let router = r.and_then(|r| r.layers.get(layer)).filter(|l| {
-            let sparse = decode > 0 && step.plan.attn_sparse(layer);
+            let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
             l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
         });
-        let (qkv, logits) = self.project_qkv(s, l.qkv.weight, router, rows, decode)?;
+        let (qkv, logits) = self.project_qkv(s, l.qkv.weight, router, rows, s.tables.rows().decode)?;
         let select = match router.zip(logits) {
             Some((router, logits)) => {
                 s.heads_selected = Some(layer);
@@ -178,9 +177,18 @@ impl<D: Device> Cuda<D> {
         };
         let n = first + router.attn_room() as u32;
         let (launch, splits) = s.kernels.linear(rows, n, k);
-        let alone =
-            LinearParams { x: b.h, w, out: b.sums, rows, n: first, k, splits: 1, ..Default::default() };
-        let taken = self.by_library(s, &alone, false, &s.kernels.linear(rows, first, k).0)?;
+        let (own, own_splits) = s.kernels.linear(rows, first, k);
+        let alone = LinearParams {
+            x: b.h,
+            w,
+            out: b.sums,
+            rows,
+            n: first,
+            k,
+            splits: own_splits,
+            ..Default::default()
+        };
+        let taken = self.by_library(s, &alone, false, &own)?;
         if !taken && rows <= SKINNY_ROWS {
             self.go(s, &launch, &LinearParams { n, splits, more: router.attn.weight, first, ..alone })?;
             let qkv = Partial { data: b.sums, splits, columns: n };
@@ -330,7 +338,7 @@ impl<D: Device> Cuda<D> {
                 window: w.spec.window.unwrap_or(NONE),
                 scale,
             };
-            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
+            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads), &params)?;
         }
         if s.kernels.tuning.join_early {
             self.device.join()?;

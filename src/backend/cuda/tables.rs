@@ -5,13 +5,16 @@
 
 use super::buckets::bucket;
 use super::device::Device;
-use super::launch::TILE_ROWS;
 use super::memory::HostWords;
 use super::params::{NONE, Ptr, SEGMENT_COST};
 use crate::backend::{Limits, PAGE_TOKENS, SeqStep, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::sparsity::{MlpMode, Rule};
+use std::cmp::Reverse;
 use std::sync::Arc;
+
+/// Words of a `PrefillTile`.
+const TILE_WORDS: usize = 5;
 
 /// Rows that a step computes: its own and the padding of its buckets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -52,6 +55,8 @@ pub(super) struct Tables<D: Device> {
     limits: Limits,
     layout: Layout,
     used: usize,
+    /// Query tokens of a prefill tile.
+    tile_tokens: u32,
     /// Plans used, and which of them each layer uses.
     n_plans: usize,
     pub(super) layer_plan: Vec<u16>,
@@ -98,26 +103,31 @@ pub(super) enum Groups {
 }
 
 /// Words for the largest step, and how many pages are among them.
-fn room(limits: &Limits, layers: usize, group: usize) -> (usize, usize) {
+fn room(limits: &Limits, layers: usize, tile_tokens: u32) -> (usize, usize) {
     let (rows, batch) = (limits.max_rows + 3, limits.max_batch + 3);
-    let tile = (TILE_ROWS as usize / group.max(1)).max(1);
+    let tiles = rows.div_ceil(tile_tokens as usize) + batch;
     let pages_per_seq = limits.max_context.div_ceil(PAGE_TOKENS);
     // As many as `Step::with_limits` has room for.
     let most_pages = limits.pages.min(pages_per_seq.saturating_mul(limits.max_batch));
-    let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 1) + 5 * (rows.div_ceil(tile) + batch);
+    let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 1) + TILE_WORDS * tiles;
     // Each list begins at a multiple of four words: hence the threes above, and these few.
     (most_pages.saturating_add(lists + 16), most_pages)
 }
 
 /// Bytes of the tables on the device.
-pub(super) fn bytes(limits: &Limits, layers: usize, group: usize) -> u64 {
-    4 * room(limits, layers, group).0 as u64
+pub(super) fn bytes(limits: &Limits, layers: usize, tile_tokens: u32) -> u64 {
+    4 * room(limits, layers, tile_tokens).0 as u64
 }
 
 impl<D: Device> Tables<D> {
-    /// Words for the largest step.
-    pub(super) fn new(device: &Arc<D>, limits: &Limits, layers: usize, group: usize) -> Result<Tables<D>> {
-        let (room, most_pages) = room(limits, layers, group);
+    /// Words for the largest step, prompts cut into tiles of `tile_tokens`.
+    pub(super) fn new(
+        device: &Arc<D>,
+        limits: &Limits,
+        layers: usize,
+        tile_tokens: u32,
+    ) -> Result<Tables<D>> {
+        let (room, most_pages) = room(limits, layers, tile_tokens);
         Ok(Tables {
             staging: [HostWords::zeroed(device, room)?, HostWords::zeroed(device, room)?],
             turn: 0,
@@ -126,6 +136,7 @@ impl<D: Device> Tables<D> {
             limits: *limits,
             layout: Layout::default(),
             used: 0,
+            tile_tokens,
             n_plans: 0,
             layer_plan: try_vec(layers, 0, "plans")?,
             n_tiles: 0,
@@ -196,13 +207,7 @@ impl<D: Device> Tables<D> {
     }
 
     /// Fills the tables for a step that was checked, and starts their copy.
-    pub(super) fn send(
-        &mut self,
-        step: &Step,
-        kv_heads: u32,
-        window: Option<u32>,
-        tile_tokens: u32,
-    ) -> Result<()> {
+    pub(super) fn send(&mut self, step: &Step, kv_heads: u32, window: Option<u32>) -> Result<()> {
         if step.pages.len() > self.most_pages {
             return Err(Error::invalid("step: more block table entries than the engine was made for"));
         }
@@ -259,7 +264,8 @@ impl<D: Device> Tables<D> {
         self.layout = Layout { plans: w.next, ..t };
         self.n_plans = fill_plans(&mut w, &t, step, kv_heads, &mut self.layer_plan);
         self.layout.tiles = w.next;
-        self.n_tiles = step.seqs.iter().map(|s| put_tiles(&mut w, s, tile_tokens)).sum();
+        self.n_tiles = step.seqs.iter().map(|s| put_tiles(&mut w, s, self.tile_tokens)).sum();
+        sort_tiles(&mut w.words[self.layout.tiles..w.next], window);
         w.next = w.next.next_multiple_of(4);
         self.layout.pages = w.list(&step.pages, step.pages.len());
         self.any_reference = n_reference > 0;
@@ -333,8 +339,7 @@ fn put_tiles(w: &mut Writer<'_>, seq: &SeqStep, tile_tokens: u32) -> u32 {
         return 0;
     }
     let tiles = seq.n_rows.div_ceil(tile_tokens);
-    // The last tiles see the most pages: they start first.
-    for i in (0..tiles).rev() {
+    for i in 0..tiles {
         let at = i * tile_tokens;
         let tokens = tile_tokens.min(seq.n_rows - at);
         let tile = [seq.first_row + at, tokens, seq.context - seq.n_rows + at, seq.context, seq.first_page];
@@ -342,4 +347,10 @@ fn put_tiles(w: &mut Writer<'_>, seq: &SeqStep, tile_tokens: u32) -> u32 {
         w.next += tile.len();
     }
     tiles
+}
+
+/// The tiles that see the most tokens start first, over all prompts of the step.
+fn sort_tiles(words: &mut [u32], window: u32) {
+    let (tiles, _) = words.as_chunks_mut::<TILE_WORDS>();
+    tiles.sort_unstable_by_key(|&[row, tokens, position, ..]| (Reverse(position.min(window) + tokens), row));
 }
