@@ -191,10 +191,11 @@ impl Host {
 
     /// Notes what is to be done, or does it.
     fn take(&self, entry: Entry) -> Result<()> {
+        if self.idle.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         if let Some(list) = self.recording.lock().unwrap().as_mut() {
-            if !self.idle.load(Ordering::Relaxed) {
-                list.push(entry);
-            }
+            list.push(entry);
             return Ok(());
         }
         if let Entry::Main(_) | Entry::Beside(_) = entry {
@@ -235,9 +236,6 @@ impl Host {
     }
 
     fn run(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if self.idle.load(Ordering::Relaxed) {
-            return Ok(());
-        }
         let name = CString::new(NAMES[launch.kernel.0 as usize]).unwrap();
         let aligned: Vec<u64> = params
             .chunks(8)
@@ -347,6 +345,9 @@ impl Device for Host {
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.fits(launch)?;
+        if self.idle.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         self.take(Entry::Main((*launch, params.to_vec())))
     }
     fn fork(&self) -> Result<()> {
@@ -354,6 +355,9 @@ impl Device for Host {
     }
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.fits(launch)?;
+        if self.idle.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         self.take(Entry::Beside((*launch, params.to_vec())))
     }
     fn join(&self) -> Result<()> {

@@ -23,11 +23,6 @@ use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-#[cfg(polar_kernels)]
-pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
-#[cfg(not(polar_kernels))]
-pub(super) static FATBIN: Option<&[u8]> = None;
-
 /// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
 /// library's first proposal is good and a comparison would hold up a prompt.
 const TIMED_ROWS: u32 = 256;
@@ -40,7 +35,7 @@ const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     recorder: sys::CUstream,
     /// The thread that records, 0: none.
     recording: AtomicUsize,
@@ -185,10 +180,6 @@ impl Driver {
         if let Some(library) = &mut self.library {
             library.forget();
         }
-    }
-
-    pub(super) fn queue(&self) -> sys::CUstream {
-        self.stream
     }
 
     /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.

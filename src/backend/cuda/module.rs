@@ -1,7 +1,6 @@
 //! The kernels as the driver holds them in one CUDA context: loaded once, looked up by place, launched
 //! on any stream of that context.
 
-use super::driver::FATBIN;
 use super::launch::{Launch, NAMES};
 use super::probe::check;
 use crate::error::{Error, Result};
@@ -9,7 +8,14 @@ use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::null_mut;
 
-/// What the image holds: `80`, `90a`, …, and `ptx80` where the driver can compile for newer GPUs.
+/// The compiled kernels, if this build has any.
+#[cfg(polar_kernels)]
+pub(super) static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
+/// The compiled kernels, if this build has any.
+#[cfg(not(polar_kernels))]
+pub(super) static FATBIN: Option<&[u8]> = None;
+
+/// What they were compiled for: `80`, `90a`, …, and `ptx80` where the driver can compile for newer GPUs.
 const ARCHS: &str = match option_env!("POLAR_FATBIN_ARCHS") {
     Some(archs) => archs,
     None => "",

@@ -1,7 +1,6 @@
 //! Whether this process can use NVIDIA GPUs, which ones there are, and if not, why: in a sentence.
 
-use super::driver::FATBIN;
-use super::module::missing_kernels;
+use super::module::{FATBIN, missing_kernels};
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::c_int;

@@ -45,7 +45,7 @@ impl Driver {
         let mut runs = [0.0; 5];
         work()?;
         for us in &mut runs {
-            flush.run(self.queue())?;
+            flush.run(self.stream)?;
             *us = 1e3 * self.time(work)?;
         }
         runs.sort_by(f32::total_cmp);
@@ -64,9 +64,9 @@ impl Driver {
                 check("CUDA event", sys::cuEventCreate(e, 0))?;
             }
             let run = || {
-                check("CUDA event", sys::cuEventRecord(events[0], self.queue()))?;
+                check("CUDA event", sys::cuEventRecord(events[0], self.stream))?;
                 work()?;
-                check("CUDA event", sys::cuEventRecord(events[1], self.queue()))?;
+                check("CUDA event", sys::cuEventRecord(events[1], self.stream))?;
                 check("CUDA event", sys::cuEventSynchronize(events[1]))?;
                 check("CUDA event", sys::cuEventElapsedTime_v2(&mut ms, events[0], events[1]))
             };
