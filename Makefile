@@ -41,9 +41,10 @@ build:
 demo: examples
 	$(EXAMPLES)/generate $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-examples: build $(EXAMPLES)/generate $(EXAMPLES)/batch $(EXAMPLES)/async $(EXAMPLES)/server
+examples: build $(EXAMPLES)/generate $(EXAMPLES)/batch $(EXAMPLES)/async $(EXAMPLES)/server \
+  $(EXAMPLES)/operators
 
-LINK = -L$(RELEASE) -lpolar_sparsity -Wl,-rpath,'$$ORIGIN/../release'
+LINK = -L$(RELEASE) -lpolar_sparsity -Wl,-rpath,'$$ORIGIN/../release' -ldl -lm
 
 $(EXAMPLES)/%: examples-c/%.c include/polar_sparsity.h | build
 	mkdir -p $(EXAMPLES)
@@ -102,7 +103,8 @@ quality:
 	cat fixtures/quality.md
 
 header:
-	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test header --test abi
+	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test header
+	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test abi
 
 clean:
 	$(CARGO) clean
