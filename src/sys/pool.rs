@@ -3,6 +3,8 @@
 //! A job is open while the caller works on it; workers join it if they are awake in time, and the
 //! caller waits only for those that joined. A worker the system does not run therefore costs
 //! speed, never progress: with more threads than cores, or in a forked child, work still ends.
+//! Each thread begins with a run of neighbouring tasks of its own, so that it walks through memory in
+//! order, and takes others' last tasks when it has none left.
 //! Workers spin for a short while between jobs and then sleep. A job allocates nothing.
 
 use super::ahead::Ahead;
