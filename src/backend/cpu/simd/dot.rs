@@ -8,9 +8,8 @@
 //! Arrays are filled by plain loops: a closure (`array::from_fn`) that is not inlined would force all
 //! sums out of their registers.
 //!
-//! Traffic: up to [`FEW`] activation rows take one weight row after the other, so that memory sees
-//! one stream: what its prefetchers follow best (twice the speed of several rows side by side).
-//! More rows are bound by arithmetic: tiles of rows and outputs, each weight row read once per tile
+//! Traffic: up to [`FEW`] short activation rows take one weight row after the other, so that memory
+//! sees one stream, which its prefetchers follow best. More are bound by arithmetic: tiles of rows and outputs, each weight row read once per tile
 //! of rows, the first time from memory, then from a cache.
 
 use super::vec::{LANES, Simd};
@@ -89,12 +88,14 @@ fn pass_of(rows: usize, k: usize, size: usize, can_spill: bool) -> usize {
 }
 
 /// What a tile of rows may take of the first-level cache.
-const L1_BYTES: usize = 32 << 10;
+const L1_BYTES: usize = 20 << 10;
 /// Bytes of each row in one pass, when there are several.
-const PASS_BYTES: usize = 4 << 10;
+const PASS_BYTES: usize = 2 << 10;
 
 /// Most rows that read weights in one stream.
 const FEW: usize = 8;
+/// What they may take together, since each output reads all of them anew from the first-level cache.
+const LINE_BYTES: usize = 16 << 10;
 /// Bytes ahead that such a stream asks for.
 const AHEAD: usize = 4 << 10;
 
@@ -196,8 +197,13 @@ impl<L: Load> Kernel for Dots<'_, L> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let n = self.rows.len();
-        let lines = n <= if S::WIDE { FEW } else { FEW / 2 };
-        let most = if S::WIDE { 6 } else { 2 };
+        let few = if S::WIDE { FEW } else { FEW / 2 };
+        let lines = n == 1 || n <= few && n * self.k * size_of::<L::X>() <= LINE_BYTES;
+        let most = match n {
+            _ if !S::WIDE => 2,
+            7 | 8 => 8,
+            _ => 6,
+        };
         let mut k = 0;
         while k < self.k {
             if lines {
@@ -219,7 +225,9 @@ impl<L: Load> Kernel for Dots<'_, L> {
                         3 => self.outputs::<S, 3>(r, k),
                         4 => self.outputs::<S, 4>(r, k),
                         5 => self.outputs::<S, 5>(r, k),
-                        _ => self.outputs::<S, 6>(r, k),
+                        6 => self.outputs::<S, 6>(r, k),
+                        7 => self.outputs::<S, 7>(r, k),
+                        _ => self.outputs::<S, 8>(r, k),
                     }
                 }
                 r += size;
@@ -385,9 +393,16 @@ impl<L: Load> Dots<'_, L> {
         let mut o = 0;
         // SAFETY: outputs o..o + width exist.
         unsafe {
-            while o + 4 <= n {
-                self.tile::<S, MR, 4>(r, o, k);
-                o += 4;
+            if MR > 6 {
+                while o + 3 <= n {
+                    self.tile::<S, MR, 3>(r, o, k);
+                    o += 3;
+                }
+            } else {
+                while o + 4 <= n {
+                    self.tile::<S, MR, 4>(r, o, k);
+                    o += 4;
+                }
             }
             while o < n {
                 self.tile::<S, MR, 1>(r, o, k);
