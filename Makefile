@@ -7,7 +7,7 @@
 # make lint     formatting and clippy
 # make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp,
 #               TORCH=1 with PyTorch too (4.9 GB)
-# make bench-gpu  kernels and steps on a GPU
+# make bench-gpu  kernels and steps on a GPU: benches/results/<gpu>.jsonl; ARGS= names parts
 # make quality  perplexity of the trained models by density: fixtures/quality.md
 # make header   write include/polar_sparsity.h and the ABI lists anew
 # make clean
@@ -93,10 +93,11 @@ bench:
 	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf) \
 	  $(if $(TORCH),--torch $(abspath $(RIVALS))/torch-venv/bin/python)
 
-# Kernels and whole steps on the first GPU.
+# Kernels and whole steps on the first GPU: benches/results/h200.jsonl, or as the GPU is called.
+# ARGS="attention steps llama-3.1-8b --append" for parts.
 bench-gpu:
 	@command -v nvcc >/dev/null || tools/cuda_toolchain.sh
-	$(CARGO) bench --locked --features cuda --bench gpu
+	$(CARGO) bench --locked --features cuda --bench gpu -- --results $(CURDIR)/benches/results $(ARGS)
 
 # Perplexity of the trained fixtures by density and kind of selection.
 quality:

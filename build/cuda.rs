@@ -9,8 +9,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const ARCHS: &str = "80 90a 100 120";
-/// Kernels that must not spill registers: the ones a decode step spends its time in.
-const HOT: &[&str] = &["attention_decode_", "linear_skinny_", "linear_down_"];
+/// Kernels that must not spill registers: the ones a step spends its time in.
+const HOT: &[&str] = &[
+    "attention_decode_",
+    "attention_prefill_",
+    "linear_skinny_",
+    "linear_up_",
+    "linear_down_",
+    "mlp_down_",
+    "router_scores_",
+    "select_neurons",
+];
 /// Of those, the ones that no model family of this version launches.
 const COLD: &[&str] = &["_256"];
 

@@ -6,7 +6,7 @@
 // one bulk copy (8 KiB at head_dim 128); q, out and the merge buffers stay in the L2.
 //
 // Schedule (stream-K): the work is a line of virtual pages. Sequence b owns keep[b] pieces of
-// pages(b) + SEGMENT_COST virtual pages each, starting at prefix[b]; each block (worker) owns an equal
+// pages(b) + segment_cost virtual pages each, starting at prefix[b]; each block (worker) owns an equal
 // interval of the line, so ragged lengths and few sequences still load every multiprocessor. The line
 // depends on lengths and counts only, never on which heads won: one plan serves all layers.
 // The four warps of a block take the pages of a piece in turn, each with its own ring of loads, which
@@ -17,32 +17,36 @@
 namespace decode {
 
 constexpr int WARPS = 4;
-constexpr uint32_t COST = SEGMENT_COST;
-
-// A run of pages [first, end) of sequence `b`, slot `slot` (0 .. keep[b] - 1).
+// A run of pages [first, end) of slot `slot` (0 .. keep[b] - 1) of sequence `b`, `length` pages long.
 struct Segment { uint32_t b, slot, first, end, length; };
 
-DEVICE uint32_t page_count(const DecodeParams& p, uint32_t b) {
-    return (p.tokens[b] + PAGE_TOKENS - 1) / PAGE_TOKENS;
-}
-
-// Walks a worker's interval piece by piece.
+// Walks a worker's interval piece by piece, with the tables of the sequence it is in.
 struct Walk {
     uint32_t at, end, b;
+    uint32_t start, stop, tokens, skip, first_page;
+
+    DEVICE_MEMBER void enter(const DecodeParams& p, uint32_t sequence) {
+        b = sequence;
+        start = p.prefix[b];
+        stop = p.prefix[b + 1];
+        tokens = p.tokens[b];
+        skip = p.skip[b];
+        first_page = p.first_page[b];
+    }
 
     // The next segment that has pages; false at the end of the interval.
     DEVICE_MEMBER bool next(const DecodeParams& p, Segment& s) {
         while (at < end) {
-            while (p.prefix[b + 1] <= at) b++;
+            while (stop <= at) enter(p, b + 1);
             s.b = b;
-            s.length = page_count(p, b);
-            uint32_t piece = s.length + COST, offset = at - p.prefix[b];
+            s.length = (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
+            const uint32_t cost = p.segment_cost, piece = s.length + cost, offset = at - start;
             s.slot = offset / piece;
             uint32_t from = offset - s.slot * piece;
             uint32_t to = from + (end - at) < piece ? from + (end - at) : piece;
             at += to - from;
-            s.first = from > COST ? from - COST : 0;
-            s.end = to > COST ? to - COST : 0;
+            s.first = from > cost ? from - cost : 0;
+            s.end = to > cost ? to - cost : 0;
             if (s.end > s.first) return true;
         }
         return false;
@@ -55,35 +59,43 @@ DEVICE uint32_t worker_of(uint64_t line, uint32_t workers, uint32_t at) {
     return (uint32_t)((((uint64_t)at + 1) * workers - 1) / line);
 }
 
+DEVICE Floats4 divided(const Floats4& x, float by) { return {{x.v[0] / by, x.v[1] / by, x.v[2] / by, x.v[3] / by}}; }
+
 // One warp's loads: pages first + warp, first + warp + 4, … of each segment, in order.
 struct Loads {
     Walk walk;
     Segment segment;
-    uint32_t page, issued, ids, ids_from;
+    uint32_t page, issued, stage, head, ids, ids_from;
     bool more;
 
     DEVICE_MEMBER void open(const DecodeParams& p) {
         do more = walk.next(p, segment);
         while (more && segment.first + warp_index() >= segment.end);
         page = segment.first + warp_index();
-        ids_from = NONE;
+        head = NONE;
+        if (more) find_ids(p);
     }
+
+    // Page numbers come 32 at a time, one per lane.
+    DEVICE_MEMBER void find_ids(const DecodeParams& p) {
+        ids_from = page;
+        const uint32_t mine = page + WARPS * lane_index();
+        ids = mine < segment.length ? p.pages[walk.first_page + mine] : 0;
+    }
+
+    // Whether the next page holds tokens of earlier steps only.
+    DEVICE_MEMBER bool settled() { return more && page + 1 < segment.length; }
 
     template <int HD> DEVICE_MEMBER void issue(const DecodeParams& p, unsigned char* ring, TileBarrier* barriers) {
         if (!more) return;
-        // Page numbers come 32 at a time, one per lane.
-        if (ids_from == NONE || page >= ids_from + 32 * WARPS) {
-            ids_from = page;
-            uint32_t mine = page + WARPS * lane_index();
-            ids = mine < segment.length ? p.pages[p.first_page[segment.b] + mine] : 0;
-        }
-        uint32_t id = shuffle(ids, (page - ids_from) / WARPS);
-        uint32_t head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
+        if (page >= ids_from + 32 * WARPS) find_ids(p);
+        if (head == NONE) head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
+        const uint32_t id = shuffle(ids, (page - ids_from) / WARPS);
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
-        uint32_t stage = issued % p.stages;
         const char* from = (const char*)p.kv + ((uint64_t)id * p.kv_heads + head) * BYTES;
         tile_load(ring + stage * BYTES, from, BYTES, barriers + stage);
         issued++;
+        stage = stage + 1 == p.stages ? 0 : stage + 1;
         page += WARPS;
         if (page >= segment.end) open(p);
     }
@@ -92,16 +104,19 @@ struct Loads {
 template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     using Math = PageMath<T, HD, TALL>;
     constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
+    constexpr int MERGE = HD > 128 ? 4 : TALL ? 8 : 12;  // parts that are loaded at once, by registers
     SHARED_BYTES(shared);
     const uint32_t group = p.heads / p.kv_heads;
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+    let_next_start();
 
+    // Up to the wait only step tables are read, and pages that no kernel of this step writes.
+    uint32_t each = (p.sequences + 31) / 32, low = each * lane;
+    const uint32_t mark = p.prefix[low < p.sequences ? low : p.sequences];
     const uint32_t line = p.prefix[p.sequences];
     uint32_t workers = line / p.min_pages;
-    const uint32_t most = grid_x() < 4 * HD ? grid_x() : 4 * HD;
-    workers = workers < 1 ? 1 : workers > most ? most : workers;
+    workers = workers < 1 ? 1 : workers > (uint32_t)grid_x() ? grid_x() : workers;
     const uint32_t worker = block_x();
-    let_next_start();
     if (line == 0 || worker >= workers) {
         wait_for_previous();
         return;
@@ -110,53 +125,62 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     // Shared memory: rings of the four warps, merge buffers, barriers.
     unsigned char* ring = shared + warp * p.stages * BYTES;
     float* merged = (float*)(shared + WARPS * p.stages * BYTES);  // [warp][group][HD]
-    float* maxima = merged + WARPS * group * HD;                  // [warp][group]
-    float* sums = maxima + WARPS * 16;                            // [warp][group]
+    float* maxima = merged + WARPS * group * HD;                  // [warp][16]
+    float* sums = maxima + WARPS * 16;                            // [warp][16]
     uint32_t* flag = (uint32_t*)(sums + WARPS * 16);
-    TileBarrier* barriers = (TileBarrier*)(flag + 4) + warp * p.stages;
-
+    TileBarrier* barriers = (TileBarrier*)(flag + 4) + warp * p.stages;  // only this warp uses its own
     if (lane == 0)
         for (uint32_t s = 0; s < p.stages; s++) tile_init(barriers + s);
-    sync_block();
+    sync_warp();
 
     Walk walk;
     walk.at = worker_start(line, workers, worker);
     walk.end = worker_start(line, workers, worker + 1);
-    {
-        uint32_t low = 0, high = p.sequences;  // prefix[low] <= at < prefix[high]
-        while (high - low > 1) {
-            uint32_t middle = (low + high) / 2;
-            if (p.prefix[middle] <= walk.at) low = middle;
-            else high = middle;
-        }
-        walk.b = low;
+    // The sequence whose prefix is the last one not above `at`: 32 marks at a time.
+    low = each * (count_bits(vote(low < p.sequences && mark <= walk.at)) - 1);
+    while (each > 1) {
+        const uint32_t high = low + each < p.sequences ? low + each : p.sequences;
+        each = (each + 31) / 32;
+        const uint32_t i = low + each * lane;
+        low += each * (count_bits(vote(i < high && p.prefix[i < high ? i : low] <= walk.at)) - 1);
     }
-    // Up to here only step tables were read.
-    wait_for_previous();
+    walk.enter(p, low);
     Loads loads;
     loads.walk = walk;
-    loads.issued = 0;
+    loads.issued = loads.stage = 0;
     loads.open(p);
-    for (uint32_t s = 0; s < p.stages; s++) loads.template issue<HD>(p, ring, barriers);
+    if (p.early && !p.selected)
+        while (loads.issued < p.stages && loads.settled()) loads.template issue<HD>(p, ring, barriers);
+    wait_for_previous();
+    while (loads.issued < p.stages && loads.more) loads.template issue<HD>(p, ring, barriers);
 
-    uint32_t used = 0;
+    uint32_t stage = 0, parity = 0, first_row;
     Segment segment;
-    while (walk.next(p, segment)) {
-        const uint32_t head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
-        const T* q = (const T*)p.q + ((uint64_t)segment.b * p.heads + head * group) * HD;
-        typename Math::Query query;
+    typename Math::Query query;
+    // The next segment, and the rows of q and out that are its.
+    auto open = [&] {
+        if (!walk.next(p, segment)) return false;
+        const uint32_t slot = segment.b * p.kv_heads + segment.slot;
+        first_row = segment.b * p.heads + (p.selected ? p.selected[slot] : segment.slot) * group;
+        const T* q = (const T*)p.q + (uint64_t)first_row * HD;
         Math::load_query(query, (uint32_t)g < group ? q + g * HD : nullptr,
                          (uint32_t)g + 8 < group ? q + (g + 8) * HD : nullptr);
-        const uint32_t tokens = p.tokens[segment.b], skip = p.skip[segment.b];
+        return true;
+    };
+    bool more = open();
+    while (more) {
+        const uint32_t tokens = walk.tokens, skip = walk.skip;
+        const uint32_t opening = walk.start + segment.slot * (segment.length + p.segment_cost) + p.segment_cost;
+        const uint32_t first_worker = worker_of(line, workers, opening);
+        const uint32_t others = worker_of(line, workers, opening + segment.length - 1) - first_worker;
 
         Softmax soft;
         soft.reset();
         float o[Math::TILES][4];
         UNROLL for (int i = 0; i < Math::TILES; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
 
-        for (uint32_t page = segment.first + warp; page < segment.end; page += WARPS, used++) {
-            const uint32_t stage = used % p.stages;
-            tile_wait(barriers + stage, used / p.stages & 1);
+        for (uint32_t page = segment.first + warp; page < segment.end; page += WARPS) {
+            tile_wait(barriers + stage, parity);
             const T* k = (const T*)(ring + stage * BYTES);
             const T* v = k + PAGE_TOKENS * HD;
             float s[2][4];
@@ -188,95 +212,92 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
             else Math::template add_values<false>(o, s, v, 0, PAGE_TOKENS);
             sync_warp();
             loads.template issue<HD>(p, ring, barriers);
+            if (++stage == p.stages) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
         soft.finish();
 
-        // The four warps' parts of the segment become one.
+        // The four warps leave what they have; then each thread adds up four dimensions of a row.
         UNROLL for (int r = 0; r < (TALL ? 2 : 1); r++) {
-            uint32_t row = g + 8 * r;
-            if (t == 0 && row < group) maxima[warp * 16 + row] = soft.max[r];
+            const uint32_t row = g + 8 * r;
+            if (row >= group) continue;
+            if (t == 0) {
+                maxima[warp * 16 + row] = soft.max[r];
+                sums[warp * 16 + row] = soft.sum[r];
+            }
+            float* to = merged + (warp * group + row) * HD;
+            UNROLL for (int c = 0; c < 2; c++) {
+                UNROLL for (int i = 0; i < 8 * Math::SETS; i += 4)
+                    *(Floats4*)(to + Math::dimension(i, c)) =
+                        {{o[i][2 * r + c], o[i + 1][2 * r + c], o[i + 2][2 * r + c], o[i + 3][2 * r + c]}};
+                UNROLL for (int i = 8 * Math::SETS; i < Math::TILES; i++) to[Math::dimension(i, c)] = o[i][2 * r + c];
+            }
+        }
+        T* out = (T*)p.out + (uint64_t)first_row * HD;
+        uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
+        more = open();  // the next query is on its way while this segment is merged
+        sync_block();
+        const uint32_t values = group * HD, stride = group * (HD + 4);
+        // A part is slot 1 of the worker that opens the piece, slot 0 of the others.
+        auto part_of = [&](uint32_t j) { return p.parts + (uint64_t)(2 * (first_worker + j) + (j == 0)) * stride; };
+        float* part = part_of(worker - first_worker);
+        for (uint32_t i = 4 * thread_index(); i < values; i += 4 * block_threads()) {
+            const uint32_t row = i / HD;
+            float m = NEGATIVE_INFINITY, sum = 0;
+            Floats4 x = {{0, 0, 0, 0}};
+            UNROLL for (int w = 0; w < WARPS; w++) m = fmaxf(m, maxima[w * 16 + row]);
+            UNROLL for (int w = 0; w < WARPS; w++) {
+                const float own = maxima[w * 16 + row], factor = own == NEGATIVE_INFINITY ? 0.0f : exp2_fast(own - m);
+                const Floats4 from = *(const Floats4*)(merged + w * values + i);
+                UNROLL for (int c = 0; c < 4; c++) x.v[c] += from.v[c] * factor;
+                sum += sums[w * 16 + row] * factor;
+            }
+            if (others == 0) {
+                store4<T>(out, i, divided(x, sum));
+            } else {
+                *(Floats4*)(part + i) = x;
+                if (i % HD == 0) *(Floats2*)(part + values + 2 * row) = {{m, sum}};
+            }
         }
         sync_block();
-        UNROLL for (int r = 0; r < (TALL ? 2 : 1); r++) {
-            uint32_t row = g + 8 * r;
-            if (row < group) {
-                float m = maxima[row];
-                for (int w = 1; w < WARPS; w++) m = fmaxf(m, maxima[w * 16 + row]);
-                float factor = soft.max[r] == NEGATIVE_INFINITY ? 0.0f : exp2_fast(soft.max[r] - m);
-                if (t == 0) sums[warp * 16 + row] = soft.sum[r] * factor;
-                float* to = merged + (warp * group + row) * HD;
-                UNROLL for (int i = 0; i < Math::TILES; i++) {
-                    to[Math::dimension(i, 0)] = o[i][2 * r] * factor;
-                    to[Math::dimension(i, 1)] = o[i][2 * r + 1] * factor;
+        if (others == 0) continue;
+        if (thread_index() == 0) {
+            fence_device();
+            *flag = atomic_add(counter, 1);
+            if (*flag == others) *counter = 0;
+            fence_device();
+        }
+        sync_block();
+        if (*flag != others) continue;
+        for (uint32_t i = 4 * thread_index(); i < values; i += 4 * block_threads()) {
+            const uint32_t row = i / HD;
+            float m = NEGATIVE_INFINITY, sum = 0;
+            Floats4 x = {{0, 0, 0, 0}};
+            for (uint32_t from = 0; from <= others; from += MERGE) {
+                Floats4 o[MERGE];
+                Floats2 state[MERGE];  // maximum, sum
+                UNROLL for (int j = 0; j < MERGE; j++) {
+                    if (from + j > others) continue;
+                    o[j] = *(const Floats4*)(part_of(from + j) + i);
+                    state[j] = *(const Floats2*)(part_of(from + j) + values + 2 * row);
+                }
+                const float old = m;
+                UNROLL for (int j = 0; j < MERGE; j++)
+                    if (from + j <= others) m = fmaxf(m, state[j].v[0]);
+                const float rescale = exp2_fast(old - m);
+                UNROLL for (int c = 0; c < 4; c++) x.v[c] *= rescale;
+                sum *= rescale;
+                UNROLL for (int j = 0; j < MERGE; j++) {
+                    if (from + j > others) continue;
+                    const float factor = exp2_fast(state[j].v[0] - m);
+                    UNROLL for (int c = 0; c < 4; c++) x.v[c] += o[j].v[c] * factor;
+                    sum += state[j].v[1] * factor;
                 }
             }
+            store4<T>(out, i, divided(x, sum));
         }
-        // `maxima` is written again only after the next sync_block(), so keep the row's maximum now.
-        float row_max = NEGATIVE_INFINITY;
-        if ((uint32_t)thread_index() < group)
-            for (int w = 0; w < WARPS; w++) row_max = fmaxf(row_max, maxima[w * 16 + thread_index()]);
-        sync_block();
-
-        const uint32_t piece_start = p.prefix[segment.b] + segment.slot * (segment.length + COST);
-        const uint32_t first_worker = worker_of(line, workers, piece_start + COST);
-        const uint32_t last_worker = worker_of(line, workers, piece_start + COST + segment.length - 1);
-        T* out = (T*)p.out + ((uint64_t)segment.b * p.heads + head * group) * HD;
-        const uint32_t values = group * HD, stride = group * (HD + 2);
-        const bool whole = first_worker == last_worker;
-        // A part is slot 1 of the worker that opens the piece, slot 0 of the others.
-        float* part = p.parts + (uint64_t)(2 * worker + (worker == first_worker ? 1 : 0)) * stride;
-        for (uint32_t i = thread_index(); i < values / 2; i += block_threads()) {
-            float x[2], sum = 0;
-            uint32_t row = 2 * i / HD;
-            UNROLL for (int c = 0; c < 2; c++) {
-                x[c] = 0;
-                for (int w = 0; w < WARPS; w++) x[c] += merged[w * values + 2 * i + c];
-            }
-            for (int w = 0; w < WARPS; w++) sum += sums[w * 16 + row];
-            if (whole) {
-                ((uint32_t*)out)[i] = pack2<T>(x[0] / sum, x[1] / sum);
-            } else {
-                part[2 * i] = x[0];
-                part[2 * i + 1] = x[1];
-            }
-        }
-        if (whole) continue;
-        if ((uint32_t)thread_index() < group) {
-            float sum = 0;
-            for (int w = 0; w < WARPS; w++) sum += sums[w * 16 + thread_index()];
-            part[values + 2 * thread_index()] = row_max;
-            part[values + 2 * thread_index() + 1] = sum;
-        }
-        fence_device();
-        sync_block();
-        uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
-        if (thread_index() == 0) {
-            *flag = atomic_add(counter, 1);
-            if (*flag == last_worker - first_worker) *counter = 0;
-        }
-        sync_block();
-        if (*flag != last_worker - first_worker) continue;
-        fence_device();
-        // The maxima of all parts, at most 4 HD of them, take the place of the merged output.
-        const uint32_t count = last_worker - first_worker + 1;
-        auto part_of = [&](uint32_t j) { return p.parts + (uint64_t)(2 * (first_worker + j) + (j == 0 ? 1 : 0)) * stride; };
-        for (uint32_t i = thread_index(); i < count * group; i += block_threads())
-            merged[i] = part_of(i / group)[values + 2 * (i % group)];
-        sync_block();
-        for (uint32_t i = thread_index(); i < values / 2; i += block_threads()) {
-            const uint32_t row = 2 * i / HD;
-            float m = NEGATIVE_INFINITY, sum = 0, x0 = 0, x1 = 0;
-            for (uint32_t j = 0; j < count; j++) m = fmaxf(m, merged[j * group + row]);
-            UNROLL_BY(8) for (uint32_t j = 0; j < count; j++) {
-                const float* from = part_of(j);
-                const float factor = exp2_fast(merged[j * group + row] - m);
-                sum += from[values + 2 * row + 1] * factor;
-                x0 += from[2 * i] * factor;
-                x1 += from[2 * i + 1] * factor;
-            }
-            ((uint32_t*)out)[i] = pack2<T>(x0 / sum, x1 / sum);
-        }
-        sync_block();
     }
 }
 

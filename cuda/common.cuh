@@ -40,18 +40,31 @@ DEVICE float partial_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t 
     return sum;
 }
 
-struct alignas(16) Floats4 { float v[4]; };
-
-// Columns `column` to `column + 3`; both `column` and the number of columns are multiples of 4.
-DEVICE Floats4 partial4_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t column) {
-    const float* at = p.data + (uint64_t)row * p.columns + column;
-    uint64_t stride = (uint64_t)rows * p.columns;
-    Floats4 sum = {{0, 0, 0, 0}};
-    UNROLL_BY(4) for (uint32_t s = 0; s < p.splits; s++) {
-        const Floats4 part = *(const Floats4*)(at + s * stride);
-        UNROLL for (int i = 0; i < 4; i++) sum.v[i] += part.v[i];
+// W columns from each of N places of a row of a sum; places, columns and the number of columns are
+// multiples of W. The loads of several parts are under way together, so that latency is paid once.
+template <int W> struct alignas(4 * W) Floats { float v[W]; };
+using Floats2 = Floats<2>;
+using Floats4 = Floats<4>;
+template <int W, int N>
+DEVICE void partial_sums(Floats<W> (&sum)[N], const Partial& p, uint32_t rows, uint32_t row, const uint32_t (&columns)[N]) {
+    const float* at = p.data + (uint64_t)row * p.columns;
+    const uint64_t stride = (uint64_t)rows * p.columns;
+    constexpr int DEPTH = W * N >= 8 ? 4 : 8;
+    UNROLL for (int n = 0; n < N; n++) sum[n] = {};
+    for (uint32_t s = 0; s < p.splits; s += DEPTH, at += DEPTH * stride) {
+        Floats<W> part[DEPTH][N];
+        UNROLL for (int j = 0; j < DEPTH; j++) {
+            UNROLL for (int n = 0; n < N; n++) {
+                part[j][n] = {};
+                if (s + j < p.splits) part[j][n] = *(const Floats<W>*)(at + j * stride + columns[n]);
+            }
+        }
+        UNROLL for (int j = 0; j < DEPTH; j++) {
+            UNROLL for (int n = 0; n < N; n++) {
+                UNROLL for (int i = 0; i < W; i++) sum[n].v[i] += part[j][n].v[i];
+            }
+        }
     }
-    return sum;
 }
 
 // Four elements of a 16-bit vector, zeros when it is null.
@@ -62,6 +75,10 @@ template <class T> DEVICE Floats4 load4(const void* from, uint32_t i) {
         UNROLL for (int j = 0; j < 4; j++) out.v[j] = to_float(x.v[j]);
     }
     return out;
+}
+template <class T> DEVICE Floats2 load2(const void* from, uint32_t i) {
+    const uint32_t x = *(const uint32_t*)((const T*)from + i);
+    return {{to_float(T{(uint16_t)x}), to_float(T{(uint16_t)(x >> 16)})}};
 }
 template <class T> DEVICE void store4(void* to, uint64_t i, const Floats4& x) {
     *(Words2*)((T*)to + i) = Words2{{pack2<T>(x.v[0], x.v[1]), pack2<T>(x.v[2], x.v[3])}};

@@ -6,6 +6,8 @@
 #include "linear_tile.cu"
 #include "rows.cu"
 #include "select.cu"
+#include "neurons.cu"
 #include "sample.cu"
+#include "sample_draw.cu"
 #include "transfer.cu"
 #include "synthetic.cu"

@@ -16,8 +16,10 @@ constexpr int WARPS = 4, STEP = 64, CHUNK = 128, TILE = 16 * STEP * 2;
 constexpr int STEPS_PER_CHUNK = CHUNK / STEP;
 constexpr int X_STRIDE = CHUNK * 2 + 64;  // bytes; the 64 keep eight lanes on different banks
 
-template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
-    constexpr int DEPTH = MT > 1 ? 3 : 4, BUFFERS = MT > 1 ? 2 : 3;  // two blocks a multiprocessor either way
+// The sums of the block's part in `c`: lane 4 g + t has neurons neuron0 + 16 m + g (+ 8 for i > 1) of
+// rows 8 n + 2 t + i % 2. READY: the list was complete before the kernel ahead of this one began.
+template <class T, int MT, int NT, bool READY> DEVICE uint32_t sums(const LinearParams& p, float (&c)[MT][NT][4]) {
+    constexpr int DEPTH = MT > 1 ? 3 : READY ? 5 : 4, BUFFERS = MT > 1 ? 2 : 3;  // at least two blocks a multiprocessor
     let_next_start();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -35,7 +37,10 @@ template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
     auto find_rows = [&] {
         UNROLL for (int i = 0; i < 4 * MT; i++) {
             const uint32_t n = neuron0 + 4 * i + lane / 8;
-            row[i] = n < p.n ? (const T*)p.w + (uint64_t)(p.index ? p.index[n] : n) * p.k : nullptr;
+            const uint32_t at = n < p.n && p.index ? READY ? load_early(p.index + n) : p.index[n] : n;
+            row[i] = n >= p.n ? nullptr
+                : p.more && n >= p.first ? (const T*)p.more + (uint64_t)(n - p.first) * p.k
+                : (const T*)p.w + (uint64_t)at * p.k;
         }
     };
     auto issue_w = [&](uint32_t s) {
@@ -58,16 +63,15 @@ template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
         }
     };
 
-    float c[MT][NT][4];
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int n = 0; n < NT; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
     // Weights are constants: their loads start before the kernel that makes x has ended.
-    if (p.index) wait_for_previous();
+    if (p.index && !READY) wait_for_previous();
     find_rows();
     for (uint32_t s = 0; s < DEPTH - 1; s++)
         if (s < steps) issue_w(s);
-    if (!p.index) wait_for_previous();
+    if (!p.index || READY) wait_for_previous();
     for (uint32_t s = 0; s < DEPTH - 1; s++) {
         if (s < steps && s % STEPS_PER_CHUNK == 0) issue_x(s);
         copy_commit();
@@ -107,6 +111,13 @@ template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
             }
         }
     }
+    return neuron0;
+}
+
+template <class T, int MT, int NT, bool READY> DEVICE void run(const LinearParams& p) {
+    float c[MT][NT][4];
+    const uint32_t neuron0 = sums<T, MT, NT, READY>(p, c);
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
     float* out = p.out + (uint64_t)block_y() * p.rows * p.n;
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int n = 0; n < NT; n++) {
@@ -118,12 +129,53 @@ template <class T, int MT, int NT> DEVICE void run(const LinearParams& p) {
     }
 }
 
+// The MLP router's second product, straight to the neurons' scores: sums over the rows of group 0 of
+// max(logit, 0), and each other row's own. One part, so that every logit is whole here.
+template <class T, int MT, int NT> DEVICE void scores(const RouterParams& p) {
+    float c[MT][NT][4];
+    const LinearParams product = {p.z, p.w, nullptr, nullptr, p.rows, p.n, p.rank, 1};
+    const uint32_t neuron0 = sums<T, MT, NT, false>(product, c);
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    uint32_t group[NT][2];
+    UNROLL for (int n = 0; n < NT; n++) {
+        UNROLL for (int i = 0; i < 2; i++) {
+            const uint32_t r = 8 * n + 2 * t + i;
+            group[n][i] = r < p.rows ? p.group[r] : NONE;
+        }
+    }
+    UNROLL for (int m = 0; m < MT; m++) {
+        UNROLL for (int high = 0; high < 2; high++) {
+            const uint32_t neuron = neuron0 + 16 * m + g + 8 * high;
+            float shared_score = 0;
+            UNROLL for (int n = 0; n < NT; n++) {
+                UNROLL for (int i = 0; i < 2; i++) {
+                    const float logit = c[m][n][2 * high + i], score = logit < 0 ? 0.0f : logit;
+                    if (group[n][i] == 0) shared_score += score;
+                    else if (group[n][i] != NONE && neuron < p.n)
+                        p.scores[(uint64_t)(group[n][i] - p.first_group) * p.n + neuron] = score;
+                }
+            }
+            shared_score += shuffle_xor(shared_score, 1);
+            shared_score += shuffle_xor(shared_score, 2);
+            if (t == 0 && neuron < p.n && p.first_group == 0) p.scores[neuron] = shared_score;
+        }
+    }
+}
+
 }  // namespace skinny
 
-// Rows up to 8 NT; NT = 8 takes two row tiles a warp, else shared memory reads would bound it.
+// Rows up to 8 NT; NT = 8 takes two row tiles a warp, else shared memory reads would bound it. `linear_up`
+// is the selective MLP's first product: its list comes from the side stream, joined before the norm ahead of
+// it, so the first weights are under way while that norm runs.
 #define SKINNY(type, mt, nt)                                                              \
     KERNEL(128, nt > 4 ? 2 : 3) linear_skinny_##type##_##nt(const GRID_CONSTANT LinearParams p) { \
-        skinny::run<type, mt, nt>(p);                                                     \
+        skinny::run<type, mt, nt, false>(p);                                              \
+    }                                                                                     \
+    KERNEL(128, nt > 4 ? 2 : 3) linear_up_##type##_##nt(const GRID_CONSTANT LinearParams p) { \
+        skinny::run<type, mt, nt, true>(p);                                               \
+    }                                                                                     \
+    KERNEL(128, nt > 4 ? 2 : 3) router_scores_##type##_##nt(const GRID_CONSTANT RouterParams p) { \
+        skinny::scores<type, mt, nt>(p);                                                  \
     }
 #define SKINNY_TYPE(type) \
     SKINNY(type, 1, 1)    \

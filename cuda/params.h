@@ -7,8 +7,6 @@
 #define PAGE_TOKENS 16
 // A page that no row is written to; a selection rule that applies to no sequence.
 #define NONE 0xffffffffu
-// Virtual pages that opening a segment of a sequence costs (see attention_decode.cu).
-#define SEGMENT_COST 2
 
 // Sum of `splits` fp32 matrices [rows][columns], one after another: what the products leave.
 struct Partial {
@@ -42,7 +40,8 @@ struct NormParams {
     float epsilon;
 };
 
-// Products into Partial [splits][rows][n].
+// Products into Partial [splits][rows][n]. linear_skinny takes a second matrix, whose rows are those
+// from `first` on: the router beside q, k and v.
 struct LinearParams {
     const void* x;          // T [rows][k]
     const void* w;          // T [n][k]; for linear_down and linear_tile_nn [k][n]
@@ -52,11 +51,42 @@ struct LinearParams {
     uint32_t n;
     uint32_t k;
     uint32_t splits;
+    const void* more;       // T [n - first][k], null: none
+    uint32_t first;
 };
 
-// Biases, q/k norms, rotation; q to `q`, K and V to their pages.
+// Second product of a selective ReLU MLP, from the sums that the first one left.
+struct DownParams {
+    Partial up;             // columns k
+    const void* up_bias;    // T by neuron, null: none
+    const void* w;          // T [neurons][n]
+    const uint32_t* index;  // [k] neurons, complete before the kernel ahead of this one began
+    float* out;             // [splits][rows][n]
+    uint32_t rows;
+    uint32_t n;
+    uint32_t k;             // a multiple of 8
+    uint32_t valid;         // columns of `up` from here on count as zero
+    uint32_t splits;
+};
+
+// Which units each decode sequence keeps.
+struct SelectParams {
+    Partial logits;        // columns 0 .. units * per_unit of it
+    const void* bias;      // T [units * per_unit], null: none
+    const uint32_t* keep;  // [sequences] units to keep; 0: padding
+    uint16_t* selected;    // [sequences][units], the first keep[b] ascending
+    void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
+    uint32_t* nan_count;
+    uint32_t rows;         // stride of logits' splits
+    uint32_t sequences;
+    uint32_t units;
+    uint32_t per_unit;     // the router's rows per unit
+    uint32_t unit_width;   // multiple of 8
+};
+
+// Biases, q/k norms, rotation; q to `q`, K and V to their pages; and which heads to keep.
 struct QkvParams {
-    Partial qkv;            // columns (heads + 2 kv_heads) head_dim
+    Partial qkv;            // columns at least (heads + 2 kv_heads) head_dim
     const void* bias;       // T [columns], null: none
     const void* q_norm;     // T [head_dim], null: none
     const void* k_norm;
@@ -71,19 +101,7 @@ struct QkvParams {
     uint32_t head_dim;
     uint32_t norm_dim;  // dimensions of the model's head; the others are zero
     float epsilon;
-};
-
-// Which units each decode sequence keeps.
-struct SelectParams {
-    Partial logits;        // columns = routers' rows: units or units * group
-    const void* bias;      // T [columns], null: none
-    const uint32_t* keep;  // [sequences] units to keep
-    uint16_t* selected;    // [sequences][units], the first keep[b] ascending
-    void* attention;       // T [sequences][units * unit_width]: zeroed where not selected
-    uint32_t* nan_count;
-    uint32_t rows;         // rows of the step, the stride of logits' splits
-    uint32_t units;
-    uint32_t unit_width;
+    SelectParams select;  // sequences 0: no selection; else by the blocks of the last y
 };
 
 // One query token per sequence against its pages.
@@ -96,15 +114,17 @@ struct DecodeParams {
     const uint32_t* skip;       // [sequences] leading tokens of that page outside the window
     const uint16_t* selected;   // [sequences][kv_heads], null: all
     const uint32_t* keep;       // [sequences] kv heads to compute
-    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + SEGMENT_COST)
+    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + segment_cost)
     void* out;                  // T [sequences][heads][head_dim]
-    float* parts;               // [workers][2][group][head_dim + 2]
+    float* parts;               // [workers][2][group][head_dim + 4]
     uint32_t* counters;         // [sequences][kv_heads], zero between launches
     uint32_t sequences;
     uint32_t heads;
     uint32_t kv_heads;
     uint32_t stages;            // loads under way per warp
     uint32_t min_pages;         // fewest virtual pages per worker
+    uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
+    uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
     float scale;                // of q k, times log2(e)
 };
 
@@ -144,11 +164,24 @@ struct ActivateParams {
     uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
 };
 
+// The MLP router's second product, as scores of the neurons.
+struct RouterParams {
+    const void* z;          // T [rows][rank]
+    const void* w;          // T [n][rank]
+    float* scores;          // [groups of this launch][n]
+    const uint32_t* group;  // [rows]: 0 sums its rows, every other group is one row, NONE: not wanted
+    uint32_t rows;
+    uint32_t n;
+    uint32_t rank;
+    uint32_t first_group;
+};
+
 // The neurons with the largest sums of positive logits over the rows of a group.
 struct NeuronParams {
     Partial logits;         // columns at least n
     float* scores;          // [groups of this launch][n]
     const uint32_t* group;  // [rows]
+    const uint32_t* last_group;  // groups after *last_group have no rows; null: all have
     uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
     uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
     uint32_t* nan_count;
@@ -166,6 +199,67 @@ struct ArgmaxParams {
     float* logprob;       // of that token; NaN: no finite logit
     float* parts;         // [rows][blocks][3]
     uint32_t* counters;   // [rows], zero between launches
+    uint32_t vocab;
+};
+
+// Sampling (see sampling.cuh): bins of a row's first histogram, tokens of its list of candidates, most
+// alternatives a request asks for.
+#define SAMPLE_BINS 2048
+#define SAMPLE_LIST 4096
+#define MAX_LOGPROBS 20
+
+// What is wanted of one row of logits.
+struct SampleJob {
+    double uniform;        // in [0, 1): where to draw
+    uint32_t row;          // of logits and results
+    uint32_t occurrences;  // row of that table, NONE: no penalties
+    float repetition;
+    float presence;
+    float frequency;
+    float inverse;         // 1 / temperature
+    float floor;           // candidates have (logit - largest) * inverse at least this
+    float bin_scale;       // bins per unit of logit
+    uint32_t top_k;        // 0: all
+    float top_p;           // 1: all
+    uint32_t kind;         // 0 the likeliest after penalties, 1 draw, 2 list the top_k likeliest
+    uint32_t reserved;
+};
+
+// A job's state between kernels: zeros before and after a step.
+struct SampleState {
+    uint64_t best;     // largest key after penalties, with the token's complement below
+    uint64_t before;   // measure of the bins before `bin`
+    uint64_t total;    // of all bins
+    uint32_t bin;      // of the last token that stays
+    uint32_t listed;   // tokens in `list`, or more than fit
+    uint32_t arrived;  // blocks
+    uint32_t reserved;
+};
+
+struct SampleParams {
+    const float* logits;               // [rows][vocab]
+    const struct SampleJob* jobs;
+    const uint32_t* occurrences;       // [sequences][vocab]: bit 31 in the prompt, below how often in the output
+    const uint32_t* likeliest;         // [rows] what argmax left
+    const float* likeliest_logprob;
+    uint32_t* token;                   // [rows]
+    float* logprob;                    // [rows] of that token without penalties; NaN: no finite logit
+    uint32_t* top_token;               // [rows][MAX_LOGPROBS], likeliest first, then NONE
+    float* top_logprob;
+    struct SampleState* states;        // [jobs]
+    uint64_t* bins;                    // [jobs][SAMPLE_BINS], zero between steps
+    uint32_t* list;                    // [jobs][SAMPLE_LIST]
+    uint32_t vocab;
+    uint32_t index_bits;               // that hold a token
+    uint32_t first_job;                // of block 0
+    uint32_t reserved;
+};
+
+// New tokens of penalised sequences into the table of occurrences.
+struct CountParams {
+    const uint32_t* entries;  // [count][2]: row of the table, bit 31: in the prompt; token
+    uint32_t* occurrences;
+    uint32_t count;
     uint32_t vocab;
 };
 

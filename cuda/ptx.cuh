@@ -35,8 +35,8 @@ DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
 // ---- order between kernels ---------------------------------------------------------------------
 
 // Kernels of a step are started before the one before them has ended (programmatic dependent launch),
-// so each one waits before it reads or writes anything another kernel touches; only weights and step
-// tables may be read earlier. Every kernel calls both, every block of it, before any return.
+// so each one waits before it reads or writes anything another kernel touches; only weights, step tables
+// and pages of earlier steps may be read earlier. Every kernel calls both, every block of it, before any return.
 DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -46,6 +46,13 @@ DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+// What a kernel before the one ahead of this one wrote, and that kernel waited for: see `linear_up` and
+// `mlp_down`. Past the multiprocessor's own cache, which may hold an older value.
+DEVICE uint32_t load_early(const uint32_t* p) { return __ldcg(p); }
+DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
+    const uint4 four = __ldcg((const uint4*)p);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
 }
 DEVICE void begin_kernel() {
     let_next_start();
@@ -58,6 +65,9 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return atomicOr(p, v); }
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomicAdd((unsigned long long*)p, (unsigned long long)v); }
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) { return atomicMax((unsigned long long*)p, (unsigned long long)v); }
 
 // ---- warp exchange -----------------------------------------------------------------------------
 
@@ -65,8 +75,10 @@ DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mas
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 DEVICE uint32_t shuffle(uint32_t v, int lane) { return __shfl_sync(~0u, v, lane); }
 DEVICE uint32_t vote(bool v) { return __ballot_sync(~0u, v); }
+DEVICE uint32_t warp_add(uint32_t v) { return __reduce_add_sync(~0u, v); }
 DEVICE int count_bits(uint32_t v) { return __popc(v); }
 DEVICE int lowest_bit(uint32_t v) { return __ffs((int)v) - 1; }
+DEVICE int highest_bit(uint64_t v) { return 63 - __clzll((long long)v); }  // of a number that is not 0
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
@@ -77,8 +89,15 @@ DEVICE float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 DEVICE float reciprocal_sqrt(float x) { return rsqrtf(x); }
 DEVICE float log2_fast(float x) { return __log2f(x); }
+DEVICE float exp_exact(float x) { return expf(x); }  // to the last place or two, subnormal results kept
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }  // never fused with a sum
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -120,9 +139,22 @@ template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- copies from global to shared memory -------------------------------------------------------
-
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// Four 8x8 matrices of 16-bit elements out of shared memory. Lane l points at the 16 bytes of row
+// l % 8 of matrix l / 8; lane 4 g + t gets of matrix i, in out[i], elements 2t and 2t+1 of row g:
+// a of mma with matrices (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15).
+DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)));
+}
+// The same with every matrix transposed: elements g of rows 2t and 2t+1.
+DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)));
+}
+
+// ---- copies from global to shared memory -------------------------------------------------------
 
 // One thread's 16 (8) bytes, zeros when not valid; both addresses aligned. Done after copy_wait.
 DEVICE void copy_async16(void* shared, const void* global, bool valid) {
@@ -148,7 +180,7 @@ constexpr int TILE_ARRIVALS = 1;
 constexpr int TILE_ARRIVALS = 32;
 #endif
 
-// By one thread, before a sync_block() that comes before the first load.
+// By one thread, before a sync_warp() (or sync_block()) that comes before the first load.
 DEVICE void tile_init(TileBarrier* b) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(TILE_ARRIVALS) : "memory");
 #if __CUDA_ARCH__ >= 900

@@ -1,7 +1,7 @@
 // One block per row: embedding, norms, and what follows the QKV product and the MLP's first product.
 // All read the sums that a product left as `splits` fp32 matrices, so no product has an epilogue.
 // Traffic: the row, once, from and to the L2; latency-bound at decode.
-#include "common.cuh"
+#include "heads.cuh"
 
 namespace rows {
 
@@ -19,20 +19,32 @@ template <class T> DEVICE void embed(const EmbedParams& p) {
 }
 
 // residual += delta + delta_bias;  out = (residual - mean) / sqrt(variance + eps) * weight + bias, or
-// residual / sqrt(mean square + eps) * weight. The row stays in shared memory between the passes.
+// residual / sqrt(mean square + eps) * weight. The row stays in shared memory between the passes; what
+// is constant is copied there while the kernel before still runs, each thread its own columns.
 template <class T> DEVICE void norm(const NormParams& p) {
+    let_next_start();
     SHARED_BYTES(shared);
     float* scratch = (float*)shared;
     float* row_values = scratch + 32;
+    T* constants = (T*)(row_values + p.hidden);  // weight, bias, delta_bias
+    for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
+        const void* from[3] = {p.weight, p.bias, p.delta_bias};
+        UNROLL for (int j = 0; j < 3; j++)
+            if (from[j]) copy_async8(constants + j * p.hidden + i, (const T*)from[j] + i, true);
+    }
+    copy_commit();
     const uint32_t row = p.row_map ? p.row_map[block_x()] : block_x();
+    wait_for_previous();
     float sum = 0;
     const bool changed = p.delta.splits || p.delta_bias;
     for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
         Floats4* stream = (Floats4*)(p.residual + (uint64_t)row * p.hidden + i);
-        Floats4 v = *stream;
-        const Floats4 delta = partial4_at(p.delta, p.rows, row, i), bias = load4<T>(p.delta_bias, i);
+        Floats4 v = *stream, delta[1];
+        partial_sums<4, 1>(delta, p.delta, p.rows, row, {i});
+        copy_wait<0>();
+        const Floats4 bias = load4<T>(p.delta_bias ? constants + 2 * p.hidden : nullptr, i);
         UNROLL for (int j = 0; j < 4; j++) {
-            v.v[j] += delta.v[j] + bias.v[j];
+            v.v[j] += delta[0].v[j] + bias.v[j];
             sum += p.bias ? v.v[j] : v.v[j] * v.v[j];
         }
         if (!p.row_map && changed) *stream = v;
@@ -54,46 +66,60 @@ template <class T> DEVICE void norm(const NormParams& p) {
     const float factor = reciprocal_sqrt(square / p.hidden + p.epsilon);
     for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
         Floats4 v = *(const Floats4*)(row_values + i);
-        const Floats4 weight = load4<T>(p.weight, i), bias = load4<T>(p.bias, i);
+        const Floats4 weight = load4<T>(constants, i), bias = load4<T>(p.bias ? constants + p.hidden : nullptr, i);
         UNROLL for (int j = 0; j < 4; j++) v.v[j] = (v.v[j] - mean) * factor * weight.v[j] + bias.v[j];
         store4<T>(p.out, (uint64_t)block_x() * p.hidden + i, v);
     }
 }
 
-// Block (row, y): heads y, y + grid_y, … of q, k and v, one warp each: bias, norm, rotation, write.
+// Block (row, y): heads y, y + blocks, … of q, k and v, one warp each: bias, norm, rotation, write. With
+// a selection the last y does that instead.
 template <class T> DEVICE void qkv(const QkvParams& p) {
+    let_next_start();
     const uint32_t row = block_x(), hd = p.head_dim, half = hd / 2;
-    const int lane = lane_index();
+    const bool selects = p.select.sequences != 0;
+    if (selects && block_y() == grid_y() - 1) {
+        wait_for_previous();
+        if (row < p.select.sequences) heads::select<T>(p.select, row);
+        return;
+    }
     const uint32_t slot = p.kv_slot[row];
-    const uint32_t warps = block_threads() / 32 * grid_y();
+    const uint32_t warps = block_threads() / 32 * (grid_y() - selects);
     for (uint32_t head = block_y() * (block_threads() / 32) + warp_index(); head < p.heads + 2 * p.kv_heads; head += warps) {
         const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
         if (!is_q && slot == NONE) continue;
         const uint32_t column = head * hd;
-        // Lane l holds pairs (i, i + half), i = l, l + 32, …: at most 4 of them.
-        float low[4], high[4], square = 0;
-        UNROLL for (int j = 0; j < 4; j++) {
-            const uint32_t i = lane + 32 * j;
-            low[j] = high[j] = 0;
+        // Lane l holds pairs (i, i + half) and (i + 1, i + 1 + half), i = 2 l (and 2 l + 64): x[j][0] and
+        // x[j][1] are the two halves. Constants are loaded while the product still runs.
+        const T* weight = (const T*)(is_v ? nullptr : is_q ? p.q_norm : p.k_norm);
+        const float* rotation = p.rotation && !is_v ? p.rotation + (uint64_t)p.positions[row] * hd : nullptr;
+        Floats2 x[2][2], bias[2][2], scale[2][2];
+        Floats4 turn[2];
+        UNROLL for (int j = 0; j < 2; j++) {
+            const uint32_t i = 2 * lane_index() + 64 * j;
+            UNROLL for (int h = 0; h < 2; h++) {
+                x[j][h] = bias[j][h] = {{0, 0}};
+                scale[j][h] = {{1, 1}};
+                if (i < half && p.bias) bias[j][h] = load2<T>(p.bias, column + i + h * half);
+                if (i < half && weight) scale[j][h] = load2<T>(weight, i + h * half);
+            }
+            turn[j] = {{1, 0, 1, 0}};
+            if (i < half && rotation) turn[j] = *(const Floats4*)(rotation + 2 * i);
+        }
+        wait_for_previous();
+        float square = 0;
+        UNROLL for (int j = 0; j < 2; j++) {
+            const uint32_t i = 2 * lane_index() + 64 * j;
             if (i >= half) continue;
-            low[j] = partial_at(p.qkv, p.rows, row, column + i);
-            high[j] = partial_at(p.qkv, p.rows, row, column + i + half);
-            if (p.bias) {
-                low[j] += to_float(((const T*)p.bias)[column + i]);
-                high[j] += to_float(((const T*)p.bias)[column + i + half]);
-            }
-            square += low[j] * low[j] + high[j] * high[j];
-        }
-        if (p.q_norm && !is_v) {
-            const T* weight = (const T*)(is_q ? p.q_norm : p.k_norm);
-            const float factor = reciprocal_sqrt(warp_sum(square) / p.norm_dim + p.epsilon);
-            UNROLL for (int j = 0; j < 4; j++) {
-                const uint32_t i = lane + 32 * j;
-                if (i >= half) continue;
-                low[j] *= factor * to_float(weight[i]);
-                high[j] *= factor * to_float(weight[i + half]);
+            partial_sums<2, 2>(x[j], p.qkv, p.rows, row, {column + i, column + i + half});
+            UNROLL for (int h = 0; h < 2; h++) {
+                UNROLL for (int c = 0; c < 2; c++) {
+                    x[j][h].v[c] += bias[j][h].v[c];
+                    square += x[j][h].v[c] * x[j][h].v[c];
+                }
             }
         }
+        const float factor = weight ? reciprocal_sqrt(warp_sum(square) / p.norm_dim + p.epsilon) : 1.0f;
         T* to;
         if (is_q) {
             to = (T*)p.q + ((uint64_t)row * p.heads + head) * hd;
@@ -102,20 +128,21 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
             to = (T*)p.kv + (((slot / PAGE_TOKENS * (uint64_t)p.kv_heads + kv_head) * 2 + is_v) * PAGE_TOKENS +
                              slot % PAGE_TOKENS) * hd;
         }
-        const float* rotation = p.rotation && !is_v ? p.rotation + (uint64_t)p.positions[row] * hd : nullptr;
-        UNROLL for (int j = 0; j < 4; j++) {
-            const uint32_t i = lane + 32 * j;
+        UNROLL for (int j = 0; j < 2; j++) {
+            const uint32_t i = 2 * lane_index() + 64 * j;
             if (i >= half) continue;
-            float a = low[j], b = high[j];
-            if (rotation) {
-                const float c = rotation[2 * i], s = rotation[2 * i + 1];
-                a = low[j] * c - high[j] * s;
-                b = high[j] * c + low[j] * s;
+            Floats2 a, b;
+            UNROLL for (int c = 0; c < 2; c++) {
+                const float low = x[j][0].v[c] * (factor * scale[j][0].v[c]), high = x[j][1].v[c] * (factor * scale[j][1].v[c]);
+                const float cosine = turn[j].v[2 * c], sine = turn[j].v[2 * c + 1];
+                a.v[c] = low * cosine - high * sine;
+                b.v[c] = high * cosine + low * sine;
             }
-            to[i] = from_float<T>(a);
-            to[i + half] = from_float<T>(b);
+            *(uint32_t*)(to + i) = pack2<T>(a.v[0], a.v[1]);
+            *(uint32_t*)(to + i + half) = pack2<T>(b.v[0], b.v[1]);
         }
     }
+    wait_for_previous();  // also by warps without a head
 }
 
 // Block (row, y): a piece of the row's neurons.
@@ -125,21 +152,33 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
     const uint32_t group = p.group ? p.group[row] : NONE;
     const uint32_t* mask = p.masks && group != NONE ? p.masks + (uint64_t)group * ((p.n + 31) / 32) : nullptr;
     for (uint32_t i = 4 * (block_y() * block_threads() + thread_index()); i < p.n; i += 4 * block_threads() * grid_y()) {
-        Floats4 up = partial4_at(p.in, p.rows, row, gated ? p.n + i : i), gate = {{0, 0, 0, 0}};
-        if (gated) gate = partial4_at(p.in, p.rows, row, i);
+        Floats4 sum[2];  // up, gate
+        if (gated) {
+            partial_sums<4, 2>(sum, p.in, p.rows, row, {p.n + i, i});
+        } else {
+            Floats4 up[1];
+            partial_sums<4, 1>(up, p.in, p.rows, row, {i});
+            sum[0] = up[0];
+            sum[1] = {{0, 0, 0, 0}};
+        }
+        const void* biases[2] = {p.up_bias, p.gate_bias};
+        UNROLL for (int b = 0; b < 2; b++) {
+            if (!biases[b]) continue;
+            Floats4 bias;
+            if (!p.index) bias = load4<T>(biases[b], i);
+            else UNROLL for (int j = 0; j < 4; j++) bias.v[j] = to_float(((const T*)biases[b])[p.index[i + j]]);
+            UNROLL for (int j = 0; j < 4; j++) sum[b].v[j] += bias.v[j];
+        }
+        const uint32_t on = mask ? mask[i / 32] >> i % 32 : ~0u;
         Floats4 y;
         UNROLL for (int j = 0; j < 4; j++) {
-            y.v[j] = 0;
-            if (i + j >= p.valid || (mask && !(mask[i / 32] >> (i % 32 + j) & 1))) continue;
-            const uint32_t neuron = p.index ? p.index[i + j] : i + j;
-            float u = up.v[j], g = gate.v[j];
-            if (p.up_bias) u += to_float(((const T*)p.up_bias)[neuron]);
-            if (p.gate_bias) g += to_float(((const T*)p.gate_bias)[neuron]);
+            const float u = sum[0].v[j], g = sum[1].v[j];
             // silu(x) = x / (1 + 2^(-x log2 e))
             if (p.kind == 0) y.v[j] = u > 0 ? u : 0.0f;
-            else if (p.kind == 1) y.v[j] = g / (1.0f + exp2_fast(-1.44269504f * g)) * u;
+            else if (p.kind == 1) y.v[j] = g * reciprocal_fast(1.0f + exp2_fast(-1.44269504f * g)) * u;
             else if (p.kind == 2) y.v[j] = (g > 0 ? g : 0.0f) * u;
             else y.v[j] = u;
+            if (i + j >= p.valid || !(on >> j & 1)) y.v[j] = 0;
         }
         store4<T>(p.out, (uint64_t)row * p.n + i, y);
     }
@@ -149,8 +188,8 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 
 #define ROWS(type)                                                                                    \
     KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
-    KERNEL(512, 1) norm_##type(const GRID_CONSTANT NormParams p) { begin_kernel(); rows::norm<type>(p); }             \
-    KERNEL(256, 1) qkv_##type(const GRID_CONSTANT QkvParams p) { begin_kernel(); rows::qkv<type>(p); }                \
+    KERNEL(1024, 1) norm_##type(const GRID_CONSTANT NormParams p) { rows::norm<type>(p); }                            \
+    KERNEL(256, 1) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type>(p); }                                \
     KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { begin_kernel(); rows::activate<type>(p); }
 ROWS(bf16)
 ROWS(f16)

@@ -1,5 +1,5 @@
 // The most likely token of each row of logits and its log probability:
-//   token = argmax (ties to the lower id, NaN never), logprob = -log sum exp(logit - max).
+//   token = argmax (ties to the lower id, NaN and infinity never), logprob = -log sum exp(logit - max).
 // Blocks (piece, row) read the row's logits once (vocab * 4 bytes) with a running maximum and sum; the
 // block of a row that arrives last adds the pieces in order.
 #include "common.cuh"
@@ -39,6 +39,7 @@ KERNEL(512, 1) argmax(const GRID_CONSTANT ArgmaxParams p) {
     Best best = {NEGATIVE_INFINITY, 0, NONE};
     UNROLL_BY(4) for (uint32_t i = begin + thread_index(); i < end; i += block_threads()) {
         const float v = row[i];
+        if (!(v < -NEGATIVE_INFINITY)) continue;
         if (v > best.max) {
             best.sum = best.sum * exp2_fast((best.max - v) * top::LOG2_E) + 1.0f;
             best.max = v;
@@ -67,7 +68,7 @@ KERNEL(512, 1) argmax(const GRID_CONSTANT ArgmaxParams p) {
         best.add(Best{parts[3 * i], parts[3 * i + 1], ((const uint32_t*)parts)[3 * i + 2]});
     best.add_warp();
     if (thread_index() == 0) {
-        const bool broken = best.token == NONE || !(best.max < float_of_bits(0x7f800000u));
+        const bool broken = best.token == NONE;
         p.token[row_index] = broken ? 0 : best.token;
         p.logprob[row_index] = broken ? float_of_bits(0x7fc00000u) : -log2_fast(best.sum) * 0.693147181f;
         p.counters[row_index] = 0;

@@ -10,14 +10,17 @@ mod gpu;
 mod host_device;
 mod rig;
 
+use polar_sparsity::backend::Backend;
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
+use polar_sparsity::backend::cuda::launch::Tuning;
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
 use polar_sparsity::model::{Checkpoint, Weights, load};
+use polar_sparsity::sample::{self, Params};
 use polar_sparsity::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
 use rig::{DENSE, LIMITS, Rig, Setup};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 fn device() -> AnyDevice {
@@ -32,11 +35,6 @@ fn cuda() -> Cuda<AnyDevice> {
     Cuda::new(Arc::new(device()), true)
 }
 
-fn golden_root() -> PathBuf {
-    let here = std::env::var_os("POLAR_GOLDEN").map(PathBuf::from);
-    here.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden"))
-}
-
 struct Golden {
     name: String,
     dir: PathBuf,
@@ -47,7 +45,7 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str) -> Golden {
-        let dir = golden_root().join(name);
+        let dir = host_device::root().join("tests/data/golden").join(name);
         let facts = std::fs::read_to_string(dir.join("golden.json")).unwrap();
         Golden {
             name: name.into(),
@@ -248,6 +246,49 @@ fn sparse_attention_follows_the_cpu() {
     sparse("opt_f32", 0.5, [MlpMode::Dense; 3], Source::Router);
 }
 
+/// The router's sums come from a product of their own where the projection is the library's or takes
+/// more rows than the skinny products; either way the decoding rows keep the same heads.
+#[test]
+fn sparse_attention_beside_prompts_of_any_length() {
+    for (name, library) in [("llama31_f32", false), ("llama31_f32", true), ("qwen2_f32", true)] {
+        let g = Golden::open(name);
+        let file = g.routers();
+        let options = Options { source: Source::Router, ..Options::default() };
+        let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+        let make = |library| {
+            let mut device = host_device::Host::new();
+            device.library = library;
+            Rig::on(Cuda::new(Arc::new(AnyDevice(Box::new(device))), true), &g.model, &setup)
+        };
+        let (mut alone, mut beside) = (make(false), make(library));
+        for p in 0..3 {
+            let mut tokens = g.tokens(p, "tokens");
+            let n = tokens.len();
+            tokens.extend(g.tokens(p, "forced"));
+            let setting = SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Dense };
+            alone.add(&tokens, setting);
+            beside.add(&tokens, setting);
+            if p < 2 {
+                alone.run(&[(p, n, false)]);
+                beside.run(&[(p, n, false)]);
+            }
+        }
+        // 3, 42 and 47 rows; then 90 of a prompt that starts again.
+        let mut again = g.tokens(2, "tokens");
+        again.extend(g.tokens(2, "forced"));
+        let id = beside.add(&again, DENSE);
+        for (p, chunk) in [(2, 1), (2, 40), (2, 45), (id, 90)] {
+            let a = alone.run(&[(0, 1, true), (1, 1, true)]);
+            let b = beside.run(&[(0, 1, true), (1, 1, true), (p, chunk, false)]);
+            assert_eq!(alone.report.counts[..2], beside.report.counts[..2]);
+            for i in 0..2 {
+                let d = distance(&b[i], &a[i]);
+                assert!(d <= 1e-2, "{name}, library {library}, {chunk} rows beside: {d:.2e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn random_attention_follows_the_cpu() {
     sparse("llama31_f32", 0.5, [MlpMode::Dense; 3], Source::Random { seed: 5 });
@@ -261,11 +302,145 @@ fn sparse_mlp_follows_the_cpu() {
     sparse("opt_f32", 1.0, [Invariant; 3], Source::Router);
 }
 
+/// Sparse steps with the side work run at other times: whoever reads before the join, or shares a buffer
+/// between the two, gets other bits. Three of the steps are replays of a recorded one.
+#[test]
+fn side_work_may_run_at_any_time_before_the_join() {
+    let g = Golden::open("opt_f32");
+    let file = g.routers();
+    let options = Options { mlp_dense_above: 1.0, ..Options::default() };
+    let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+    let run = |seed: u32, tuning: Tuning| {
+        let host = host_device::Host::new();
+        host.seed.store(seed, std::sync::atomic::Ordering::Relaxed);
+        let cuda = Cuda::new(Arc::new(AnyDevice(Box::new(host))), true).tuned(tuning);
+        let mut rig = Rig::on(cuda, &g.model, &setup);
+        for p in 0..3 {
+            let mut tokens = g.tokens(p, "tokens");
+            let n = tokens.len();
+            tokens.extend(g.tokens(p, "forced"));
+            rig.add(&tokens, SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Reference });
+            rig.run(&[(p, n, false)]);
+        }
+        let step = |rig: &mut Rig<_>| rig.run(&[(0, 1, true), (1, 1, true), (2, 1, true)]);
+        (0..4).map(|_| step(&mut rig)).collect::<Vec<_>>()
+    };
+    let first = run(0, Tuning::default());
+    for seed in 1..3 {
+        assert!(run(seed, Tuning::default()) == first, "seed {seed}");
+    }
+    let early = Tuning { join_early: true, ..Tuning::default() };
+    assert!(run(3, early) == first, "joined before the output projection");
+    let serial = run(0, Tuning { beside: false, ..Tuning::default() });
+    assert!(run(0, Tuning { made: false, ..Tuning::default() }) == serial, "all in one stream");
+}
+
+/// A step that fails after the fork leaves neither side work nor a recording behind.
+#[test]
+fn a_step_that_fails_half_way_leaves_nothing_open() {
+    let g = Golden::open("opt_f32");
+    let file = g.routers();
+    let options = Options { mlp_dense_above: 1.0, ..Options::default() };
+    let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+    let mut tokens = g.tokens(0, "tokens");
+    let n = tokens.len();
+    tokens.extend(g.tokens(0, "forced"));
+    let run = |failing: &[usize]| {
+        let mut rig = Rig::on(cuda(), &g.model, &setup);
+        rig.add(&tokens, SeqSetting { attn_density: Some(1.0), mlp: MlpMode::Reference });
+        let mut out = vec![rig.run(&[(0, n, false)])];
+        for step in 0..4 {
+            rig.fill(&[(0, 1, true)]);
+            if failing.contains(&step) {
+                let routers = rig.routers.take();
+                assert!(rig.try_go().is_err(), "neurons without routers");
+                rig.routers = routers;
+            }
+            rig.go();
+            let mut logits = vec![0.0; g.model.spec().vocab_size as usize];
+            rig.backend.read_logits(&mut rig.scratch, 0, &mut logits).unwrap();
+            out.push(vec![logits]);
+        }
+        out
+    };
+    // Step 0 runs as it comes, step 1 is recorded, step 2 a replay (which does not ask for routers).
+    let whole = run(&[]);
+    assert!(run(&[0]) == whole, "after a failure while running");
+    assert!(run(&[1]) == whole, "after a failure while recording");
+}
+
+/// Every kind of request in one batch, tokens fed back, parameters changing between replays of a
+/// recorded step: what comes back must be what the shared sampler makes of the logits.
+#[test]
+fn a_mixed_batch_is_sampled_as_on_the_host() {
+    let g = Golden::open("llama31_bf16");
+    let vocab = g.model.spec().vocab_size as usize;
+    let mut rig = Rig::on(cuda(), &g.model, &Setup::default());
+    let warm = Params { temperature: 1.3, ..Params::GREEDY };
+    let penalised = Params {
+        repetition_penalty: 1.3,
+        presence_penalty: 0.4,
+        frequency_penalty: 0.2,
+        n_logprobs: 3,
+        ..Params::GREEDY
+    };
+    let all = [
+        Params::GREEDY,
+        warm,
+        Params { top_k: 9, n_logprobs: 20, ..warm },
+        Params { top_p: 0.8, seed: 7, ..warm },
+        penalised,
+        Params { top_k: 30, top_p: 0.9, min_p: 0.01, temperature: 0.7, ..penalised },
+    ];
+    for (i, &params) in all.iter().enumerate() {
+        let id = rig.add(&g.tokens(i % 3, "tokens"), DENSE);
+        rig.seqs[id].params = params;
+    }
+    let mut scratch = sample::Scratch::new(vocab).unwrap();
+    let mut check = |rig: &mut Rig<Cuda<AnyDevice>>, work: &[(usize, usize, bool)]| {
+        let logits = rig.run(work);
+        for (row, (&(id, ..), logits)) in work.iter().zip(&logits).enumerate() {
+            let seq = &mut rig.seqs[id];
+            let mut top = vec![];
+            let params = Params { logprob: true, ..seq.params };
+            let put = |t, l| top.push((t, l));
+            let want =
+                sample::sample(logits, &seq.tokens[..seq.done], seq.prompt, &params, &mut scratch, put);
+            let (want, got) = (want.unwrap(), rig.report.sampled[row]);
+            assert_eq!((got.token, got.broken), (want.token, false), "{params:?}");
+            assert!((got.logprob - want.logprob).abs() < 1e-4, "{got:?} {want:?}");
+            let listed = &rig.report.top[got.first_top as usize..][..got.n_top as usize];
+            assert_eq!(listed.len(), top.len());
+            for (a, b) in listed.iter().zip(&top) {
+                assert!(a.0 == b.0 && (a.1 - b.1).abs() < 1e-4, "{a:?} {b:?}");
+            }
+            seq.tokens.push(got.token);
+        }
+    };
+    for id in 0..all.len() {
+        let n = rig.seqs[id].tokens.len();
+        check(&mut rig, &[(id, n, false)]);
+    }
+    let work: Vec<_> = (0..all.len()).map(|id| (id, 1, true)).collect();
+    for round in 0..6 {
+        // From the third round on the step is a replay; then each row has another's parameters.
+        for id in 0..all.len() {
+            rig.seqs[id].params = all[if round < 4 { id } else { (id + round) % all.len() }];
+        }
+        check(&mut rig, &work);
+    }
+    // Some leave, and one that never was penalised is.
+    for params in [penalised, warm] {
+        rig.seqs[1].params = params;
+        check(&mut rig, &[(5, 1, true), (1, 1, true)]);
+    }
+}
+
 #[test]
 fn an_estimate_is_the_size_that_is_taken() {
     let g = Golden::open("llama31_bf16");
     let cuda = cuda();
-    use polar_sparsity::backend::{Backend, WeightOptions};
+    use polar_sparsity::backend::WeightOptions;
     let w = cuda.upload(&g.model, WeightOptions::default(), &mut |_, _| 0).unwrap();
     assert_eq!(Cuda::<AnyDevice>::estimate(g.model.spec()).unwrap(), cuda.weight_bytes(&w));
     let stopped = cuda.upload(&g.model, WeightOptions::default(), &mut |_, _| 1);

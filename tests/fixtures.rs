@@ -5,13 +5,15 @@
 #![allow(unreachable_pub, dead_code, reason = "shares a module with a program that uses all of it")]
 #![allow(clippy::print_stdout, reason = "the figures, for whoever asks with --nocapture")]
 
+#[path = "support/root.rs"]
+mod root;
 #[path = "../examples/support/teacher.rs"]
 mod teacher;
 
 use polar_sparsity::backend::cpu::Isa;
 use polar_sparsity::engine::{Context, ContextOptions, LoadOptions, Model, Routers};
 use polar_sparsity::sparsity::{MlpMode, Source};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use teacher::{Cell, SCORED, Score, paired, read_windows, score};
 
 /// Enough for every gate here: the smallest effect, static - router, is measured on all windows by
@@ -38,7 +40,7 @@ impl Fixture {
     }
 
     fn on(name: &'static str, options: &ContextOptions, n: usize) -> Fixture {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+        let root = root::root().join("fixtures");
         let dir = root.join(name);
         let ctx = Context::new(options).expect("a context");
         let load = LoadOptions { device: device(), ..LoadOptions::default() };

@@ -2,6 +2,7 @@
 
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
+use polar_sparsity::backend::cuda::launch::{DownCut, MADE_ROWS};
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -18,10 +19,10 @@ impl Rng {
     fn unit(&mut self) -> f64 {
         (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
-    fn normal(&mut self) -> f64 {
+    pub(crate) fn normal(&mut self) -> f64 {
         (-2.0 * self.unit().max(1e-12).ln()).sqrt() * (std::f64::consts::TAU * self.unit()).cos()
     }
-    fn shuffled(&mut self, n: u32) -> Vec<u32> {
+    pub(crate) fn shuffled(&mut self, n: u32) -> Vec<u32> {
         let mut v: Vec<u32> = (0..n).collect();
         for i in (1..n as usize).rev() {
             v.swap(i, (self.bits() % (i as u64 + 1)) as usize);
@@ -42,30 +43,22 @@ fn lengths(rng: &mut Rng, batch: u32, context: u32, ragged: bool) -> Vec<u32> {
 
 /// Decode attention, head size 128.
 pub(crate) fn attention(gpu: &Gpu) {
-    // (heads, kv_heads, batch, context, density, ragged)
-    let cases = [
-        (32, 8, 1, 32768, 1.0, false),
-        (32, 8, 8, 2048, 1.0, false),
-        (32, 8, 64, 2048, 1.0, false),
-        (32, 8, 64, 2048, 0.625, false),
-        (32, 8, 64, 8192, 1.0, false),
-        (32, 8, 64, 8192, 0.625, false),
-        (32, 8, 32, 2048, 1.0, true),
-        (32, 8, 128, 2048, 1.0, true),
-        (32, 8, 128, 2048, 0.625, true),
-        (32, 32, 1, 2048, 1.0, false),
-        (32, 32, 8, 2048, 1.0, false),
-        (32, 32, 8, 2048, 0.5, false),
-        (32, 32, 64, 2048, 1.0, false),
-        (32, 32, 64, 2048, 0.5, false),
-        (32, 32, 64, 2048, 0.3, false),
-        (32, 32, 64, 2048, 1.0, true),
-        (32, 32, 64, 2048, 0.5, true),
-        (72, 72, 64, 1920, 1.0, false),
-        (72, 72, 64, 1920, 0.3, false),
-    ];
-    for case in cases {
-        attention_case(gpu, case);
+    // (heads, KV heads, densities): LLaMA-3.1-8B, then LLaMA-2-7B and OPT-6.7B.
+    for (heads, kv_heads, densities) in [(32, 8, [1.0, 0.625, 0.5]), (32, 32, [1.0, 0.5, 0.3])] {
+        for density in densities {
+            for (batch, context) in [(1, 2048), (1, 32_768), (8, 2048), (64, 2048), (64, 8192)] {
+                attention_case(gpu, (heads, kv_heads, batch, context, density, false));
+            }
+            for batch in [32, 64, 128] {
+                attention_case(gpu, (heads, kv_heads, batch, 2048, density, true));
+            }
+        }
+    }
+    for density in [1.0, 0.5, 0.3] {
+        attention_case(gpu, (72, 72, 64, 1920, density, false)); // OPT-66B
+    }
+    for density in [1.0, 0.75] {
+        attention_case(gpu, (28, 4, 64, 4096, density, false)); // Qwen2.5-7B
     }
 }
 
@@ -84,10 +77,9 @@ fn attention_case(
     let copies = gpu.copies(needed as u64).min((40u64 << 30) / layer_bytes).max(1);
     let pool = gpu.random(layer_bytes / 2 * copies, 1.0);
     let table = gpu.words(&rng.shuffled(pages));
-    let (mut first, mut prefix) = (vec![0], vec![0]);
+    let mut first = vec![0];
     for l in &lengths {
         first.push(first.last().unwrap() + l.div_ceil(16));
-        prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
     }
     let mut selected: Vec<u16> = vec![];
     for _ in 0..batch {
@@ -101,13 +93,22 @@ fn attention_case(
     let launch = k.decode();
     let (q, out) =
         (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
-    let [first, lengths_d, prefix, keep_d] =
-        [&first, &lengths, &prefix, &vec![keep; batch as usize]].map(|v| gpu.words(v));
+    let [first, lengths_d, keep_d] = [&first, &lengths, &vec![keep; batch as usize]].map(|v| gpu.words(v));
     let skip = gpu.words(&vec![0; batch as usize]);
     let selected = gpu.words(&packed);
-    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 2) * 4);
+    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    for min_pages in if batch == 1 { vec![4, 8, 16] } else { vec![6] } {
+    let settings = match (batch <= 8, ragged) {
+        (true, _) => vec![(6, 2), (4, 2), (12, 2), (24, 2), (6, 4)],
+        (_, true) => vec![(6, 2), (6, 0), (6, 1), (6, 3), (6, 5), (6, 8)],
+        _ => vec![(6, 2), (6, 4)],
+    };
+    for (min_pages, segment_cost) in settings {
+        let mut prefix = vec![0];
+        for l in &lengths {
+            prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + segment_cost));
+        }
+        let prefix = gpu.words(&prefix);
         let params = |i: u64| DecodeParams {
             q: q.at,
             kv: pool.at.offset(i * layer_bytes),
@@ -126,15 +127,17 @@ fn attention_case(
             kv_heads,
             stages: k.stages,
             min_pages,
+            segment_cost,
+            early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
         let kind = if ragged { "ragged" } else { "equal" };
         gpu.report(
             "attention_decode",
-            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages}"),
+            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages} cost {segment_cost}"),
             &format!(
-                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"stages":{}"#,
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"segment_cost":{segment_cost},"stages":{}"#,
                 k.stages
             ),
             us,
@@ -165,8 +168,11 @@ pub(crate) fn products(gpu: &Gpu) {
 fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, stored: Option<u32>) {
     let kernels = gpu.kernels(128, 1);
     let down = kernel == "linear_down";
-    let (launch, splits) =
-        if down { kernels.linear_transposed(rows, n, k) } else { kernels.linear(rows, n, k) };
+    let (launch, splits) = match kernel {
+        "linear_down" => kernels.linear_transposed(rows, n, k),
+        "linear_up" => kernels.linear_up(rows, n, k),
+        _ => kernels.linear(rows, n, k),
+    };
     let bytes = u64::from(n) * u64::from(k) * 2;
     let matrix = stored.map_or(bytes, |s| bytes / u64::from(if down { k } else { n }) * u64::from(s));
     let copies = gpu.copies(bytes);
@@ -190,8 +196,9 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             n,
             k,
             splits,
+            ..LinearParams::default()
         };
-        if kernel != "cublaslt" || !gpu.device.product(&params, false, T).unwrap() {
+        if kernel != "cublaslt" || !gpu.device.product(&params, false, T, None).unwrap() {
             gpu.start(&launch, &params);
         }
     });
@@ -205,63 +212,181 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
     );
 }
 
-/// Selective up and down products, OPT-6.7B.
+/// The MLP's router chain and selective products, OPT-6.7B.
 pub(crate) fn selective_mlp(gpu: &Gpu) {
     let (d, ffn) = (4096, 16384);
     for rows in [1, 8, 16, 32, 64] {
-        for share in [0.1, 0.3, 0.5, 1.0] {
+        for share in [0.1, 0.2, 0.3, 0.5, 1.0] {
             let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
-            product(gpu, "linear", &format!("up {share}"), rows, kept, d, Some(ffn));
+            product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
+            for how in ["apart", "wide", "deep", "narrow"] {
+                if how == "apart" || rows <= MADE_ROWS {
+                    mlp(gpu, how, share, (rows, kept, d, ffn));
+                }
+            }
         }
     }
     for rows in [1, 8, 32, 64] {
-        let (r, n) = (1024, ffn);
-        product(gpu, "linear", "router down", rows, r, d, None);
-        product(gpu, "linear", "router up", rows, n, r, None);
+        let rank = 1024;
+        product(gpu, "linear", "router down", rows, rank, d, None);
         let k = gpu.kernels(128, 1);
-        let splits = k.linear(rows, n, r).1;
-        let logits = gpu.room(u64::from(rows) * u64::from(n) * 4 * u64::from(splits));
-        let (index, masks, group, nan) = (
-            gpu.room(4 * u64::from(n)),
-            gpu.room(4 * u64::from(n)),
-            gpu.room(4 * u64::from(rows)),
-            gpu.room(4),
+        let bytes = u64::from(ffn) * u64::from(rank) * 2;
+        let copies = gpu.copies(bytes);
+        let (w, z) = (gpu.random(bytes / 2 * copies, 0.02), gpu.random(u64::from(rows * rank), 1.0));
+        let (group, scores) = (gpu.room(4 * u64::from(rows)), gpu.room(4 * u64::from(ffn)));
+        let us = gpu.time(copies, |i| {
+            let params = RouterParams {
+                z: z.at,
+                w: w.at.offset(i * bytes),
+                scores: scores.at,
+                group: group.at,
+                rows,
+                n: ffn,
+                rank,
+                first_group: 0,
+            };
+            gpu.start(&k.router_scores(rows, ffn), &params);
+        });
+        let case = format!("{ffn}x{rank} B={rows}");
+        gpu.report(
+            "router_scores",
+            &case,
+            &format!(r#""rows":{rows},"n":{ffn},"k":{rank}"#),
+            us,
+            bytes as f64,
         );
-        let launch = k.select_neurons(1, n);
-        let scores = gpu.random(2 * u64::from(n), 1.0);
-        let params = NeuronParams {
-            scores: scores.at,
-            logits: Partial { data: logits.at, splits, columns: n },
-            group: group.at,
+        // Of these scores.
+        for keep in [1632, 4912] {
+            select(gpu, scores.at, ffn, keep, &format!("router's, B={rows}"));
+        }
+    }
+    for n in [16_384, 36_864] {
+        let mut rng = Rng(1);
+        let spread = |rng: &mut Rng, positive: f64| -> Vec<u32> {
+            (0..n)
+                .map(|_| if rng.unit() < positive { rng.normal().exp() as f32 } else { 0.0 })
+                .map(f32::to_bits)
+                .collect()
+        };
+        for (what, scores) in [
+            ("all positive", spread(&mut rng, 1.0)),
+            ("a tenth positive", spread(&mut rng, 0.1)),
+            ("all equal", vec![1.0f32.to_bits(); n as usize]),
+        ] {
+            select(gpu, gpu.words(&scores).at, n, n / 10 / 8 * 8, what);
+        }
+    }
+}
+
+fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {
+    let room = || gpu.room(4 * u64::from(n));
+    let (index, masks, nan) = (room(), room(), gpu.room(4));
+    let params = NeuronParams {
+        scores,
+        index: index.at,
+        masks: masks.at,
+        nan_count: nan.at,
+        n,
+        keep0: keep,
+        ..NeuronParams::default()
+    };
+    let launch = gpu.kernels(128, 1).select_neurons(1, n);
+    let us = gpu.time(1, |_| gpu.start(&launch, &params));
+    let case = format!("{keep} of {n}, {what}");
+    gpu.report(
+        "select_neurons",
+        &case,
+        &format!(r#""n":{n},"keep":{keep},"scores":"{what}""#),
+        us,
+        4.0 * f64::from(n),
+    );
+}
+
+/// Norm, up, activation and down of a layer one after another, as a step runs them.
+fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
+    let mut k = gpu.kernels(128, 1);
+    k.tuning.down = match how {
+        "deep" => DownCut::Deep,
+        "narrow" => DownCut::Narrow,
+        _ => DownCut::Wide,
+    };
+    let matrix = u64::from(ffn) * u64::from(d) * 2;
+    let copies = gpu.copies(2 * u64::from(kept) * u64::from(d) * 2);
+    let (up, down) = (gpu.random(matrix / 2 * copies, 0.02), gpu.random(matrix / 2 * copies, 0.02));
+    let mut list = Rng(3).shuffled(ffn)[..kept as usize].to_vec();
+    list.sort_unstable();
+    let index = gpu.words(&list);
+    let wide = u64::from(rows) * u64::from(d.max(kept)) * 4;
+    let [residual, h, y, sums, delta] = [1, 1, 1, 32, 32].map(|parts| gpu.room(parts * wide));
+    let weight = gpu.random(u64::from(d), 1.0);
+    let (up_launch, up_splits) = k.linear_up(rows, kept, d);
+    let (made_launch, made_splits) = k.mlp_down(d, kept);
+    let (down_launch, down_splits) = k.linear_transposed(rows, d, kept);
+    let splits = if how == "apart" { down_splits } else { made_splits };
+    let up_sums = Partial { data: sums.at, splits: up_splits, columns: kept };
+    let us = gpu.time(copies, |i| {
+        let norm = NormParams {
+            residual: residual.at,
+            delta: Partial { data: delta.at, splits, columns: d },
+            weight: weight.at,
+            bias: weight.at,
+            out: h.at,
+            rows,
+            hidden: d,
+            epsilon: 1e-5,
+            ..NormParams::default()
+        };
+        gpu.start(&k.norm(rows, d), &norm);
+        let (w_up, w_down) = (up.at.offset(i * matrix), down.at.offset(i * matrix));
+        let product = |x, w, out, n, k, splits| LinearParams {
+            x,
+            w,
             index: index.at,
-            masks: masks.at,
-            nan_count: nan.at,
+            out,
             rows,
             n,
-            keep0: 4096,
-            keep_other: 0,
-            first_group: 0,
+            k,
+            splits,
+            ..Default::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.neuron_scores(1, n), &params));
-        gpu.report(
-            "neuron_scores",
-            &format!("B={rows} n={n} splits {splits}"),
-            &format!(r#""rows":{rows}"#),
-            us,
-            0.0,
-        );
-        gpu.random_into(scores.at, 2 * u64::from(n));
-        let us = gpu.time(1, |_| gpu.start(&launch, &params));
-        let bytes = f64::from(rows) * f64::from(n) * 4.0 * f64::from(splits);
-        gpu.report(
-            "select_neurons",
-            &format!("B={rows} n={n} splits {splits}"),
-            &format!(r#""rows":{rows}"#),
-            us,
-            bytes,
-        );
-    }
+        gpu.start(&up_launch, &product(h.at, w_up, sums.at, kept, d, up_splits));
+        if how == "apart" {
+            let act = ActivateParams {
+                input: up_sums,
+                up_bias: Ptr::NULL,
+                index: index.at,
+                out: y.at,
+                rows,
+                n: kept,
+                valid: kept,
+                ..ActivateParams::default()
+            };
+            gpu.start(&k.activate(rows, kept), &act);
+            gpu.start(&down_launch, &product(y.at, w_down, delta.at, d, kept, down_splits));
+        } else {
+            let params = DownParams {
+                up: up_sums,
+                up_bias: Ptr::NULL,
+                w: w_down,
+                index: index.at,
+                out: delta.at,
+                rows,
+                n: d,
+                k: kept,
+                valid: kept,
+                splits,
+            };
+            gpu.start(&made_launch, &params);
+        }
+    });
+    gpu.report(
+        "mlp",
+        &format!("norm, up, down {share} B={rows} {how} splits {up_splits} {splits}"),
+        &format!(r#""rows":{rows},"share":{share},"how":"{how}""#),
+        us,
+        2.0 * f64::from(kept) * f64::from(d) * 2.0,
+    );
 }
 
 /// The kernels between the products, LLaMA-3.1-8B.
@@ -311,8 +436,27 @@ pub(crate) fn small(gpu: &Gpu) {
             head_dim: hd,
             ..QkvParams::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads), &qkv));
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, 0), &qkv));
         gpu.report("qkv", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
+        let (keep, selected, nan) =
+            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
+        let attention = gpu.room(2 * u64::from(rows * heads * hd));
+        let select = SelectParams {
+            logits: Partial { data: sums.at, splits, columns },
+            keep: keep.at,
+            selected: selected.at,
+            attention: attention.at,
+            nan_count: nan.at,
+            rows,
+            sequences: rows,
+            units: kv_heads,
+            per_unit: 1,
+            unit_width: hd * heads / kv_heads,
+            ..SelectParams::default()
+        };
+        let both = QkvParams { select, ..qkv };
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, kv_heads), &both));
+        gpu.report("qkv+select", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let act = ActivateParams {
             input: Partial { data: sums.at, splits: k.linear(rows, 2 * ffn, d).1, columns: 2 * ffn },
             out: out.at,
@@ -330,20 +474,7 @@ pub(crate) fn small(gpu: &Gpu) {
             us,
             0.0,
         );
-        let (keep, selected, nan) =
-            (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
-        let select = SelectParams {
-            logits: Partial { data: sums.at, splits: k.linear(rows, kv_heads, d).1, columns: kv_heads },
-            keep: keep.at,
-            selected: selected.at,
-            attention: out.at,
-            nan_count: nan.at,
-            rows,
-            units: kv_heads,
-            unit_width: hd * heads / kv_heads,
-            ..SelectParams::default()
-        };
-        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows), &select));
+        let us = gpu.time(1, |_| gpu.start(&k.select_heads(rows, kv_heads), &select));
         gpu.report("select_heads", &format!("B={rows}"), &format!(r#""rows":{rows}"#), us, 0.0);
         product(gpu, "linear", "attention router", rows, kv_heads, d, None);
     }
@@ -369,44 +500,4 @@ pub(crate) fn small(gpu: &Gpu) {
             f64::from(rows * vocab) * 4.0,
         );
     }
-}
-
-/// Prefill attention, one causal prompt, LLaMA-3.1-8B.
-pub(crate) fn prefill(gpu: &Gpu) {
-    let (heads, kv_heads, hd) = (32u32, 8u32, 128u32);
-    let k = gpu.kernels(hd, heads / kv_heads);
-    for tokens in [512u32, 2048, 4096] {
-        let pages = tokens / 16;
-        let pool = gpu.random(u64::from(pages) * u64::from(kv_heads) * 4096, 1.0);
-        let table = gpu.words(&Rng(5).shuffled(pages));
-        let q = gpu.random(u64::from(tokens * heads * hd), 1.0);
-        let out = gpu.room(u64::from(tokens * heads * hd) * 2);
-        let each = k.tile_tokens();
-        // Longest first.
-        let tiles: Vec<u32> = (0..tokens.div_ceil(each))
-            .rev()
-            .flat_map(|i| [i * each, each.min(tokens - i * each), i * each, tokens, 0])
-            .collect();
-        let tiles_d = gpu.words(&tiles);
-        let params = PrefillParams {
-            q: q.at,
-            kv: pool.at,
-            pages: table.at,
-            tiles: tiles_d.at,
-            out: out.at,
-            heads,
-            kv_heads,
-            window: NONE,
-            scale: std::f32::consts::LOG2_E / (hd as f32).sqrt(),
-        };
-        let launch = k.prefill(tiles.len() as u32 / 5, kv_heads).unwrap();
-        let us = gpu.time(1, |_| gpu.start(&launch, &params));
-        let flops = 2.0 * f64::from(tokens) * f64::from(tokens) * f64::from(heads * hd);
-        println!("attention_prefill  causal {tokens}: {us:.1} us, {:.0} TFLOP/s", flops / us / 1e6);
-        println!(
-            r#"{{"kind":"kernel","kernel":"attention_prefill","tokens":{tokens},"us":{us:.2},"tflops":{:.1}}}"#,
-            flops / us / 1e6
-        );
-    }
-    gpu.device.synchronize().unwrap();
 }

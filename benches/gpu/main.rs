@@ -1,47 +1,77 @@
-//! `bench-gpu`: kernel times on the first CUDA device, as one table and as JSON lines.
+//! `bench-gpu`: kernels and whole decode steps on the first CUDA device, as one table and as JSON lines.
 //!
 //! Each figure is the median of graph replays over inputs rotated past the L2; TB/s counts the bytes
 //! the kernel must read, once; the share is of the read-only stream measured in this process.
+//!
+//! Arguments: names of parts and of models (none: all), `--results FOLDER` for the records,
+//! `--append` to add them to what is there. `few-steps` are the steps that DESIGN's table names.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a program that prints a table")]
+#![allow(unreachable_pub, reason = "shares a module with a program whose items are public")]
 
 mod kernels;
+mod layer;
+mod models;
+mod prefill;
+mod sampling;
+#[path = "../support/shapes.rs"]
 mod shapes;
 mod steps;
 mod timing;
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::time::Instant;
+use timing::Gpu;
 
-/// Arguments name parts (attention, products, mlp, small, prefill, steps, few-steps) and models; none
-/// means every part.
+type Part = (&'static str, fn(&Gpu));
+
+/// Parts of the run, in order.
+const PARTS: &[Part] = &[
+    ("attention", kernels::attention),
+    ("layer", layer::layer),
+    ("products", kernels::products),
+    ("mlp", kernels::selective_mlp),
+    ("small", kernels::small),
+    ("sampling", sampling::sampling),
+    ("prefill", prefill::prefill),
+];
+
 fn main() {
-    let bench = timing::Gpu::open();
+    let (mut parts, mut models, mut results, mut append) = (vec![], vec![], None, false);
+    let mut arguments = std::env::args().skip(1).filter(|a| a != "--bench");
+    while let Some(a) = arguments.next() {
+        let is_part = PARTS.iter().any(|p| p.0 == a) || a == "steps" || a == "few-steps";
+        match a.as_str() {
+            "--results" => results = arguments.next().map(PathBuf::from),
+            "--append" => append = true,
+            _ if steps::TUNINGS.contains(&a.as_str()) => {} // steps reads them
+            _ if is_part => parts.push(a),
+            _ if models::all().any(|m| m.name == a) => models.push(a),
+            other => {
+                println!("{other}: neither a part nor a model of this benchmark");
+                std::process::exit(2);
+            }
+        }
+    }
+    let start = Instant::now();
+    let mut gpu = Gpu::open();
+    if let Some(folder) = &results {
+        gpu.open_results(folder, append).unwrap();
+    }
     println!(
         "{} | read stream {:.2} TB/s | cuBLASLt {}",
-        bench.name(),
-        bench.ceiling,
-        if bench.device.has_library() { "found" } else { "not found" }
+        gpu.name(),
+        gpu.ceiling,
+        if gpu.device.has_library() { "found" } else { "not found" }
     );
-    let parts = ["attention", "products", "mlp", "small", "prefill", "steps", "few-steps"];
-    let (which, models): (Vec<String>, Vec<String>) =
-        std::env::args().skip(1).filter(|a| a != "--bench").partition(|a| parts.contains(&a.as_str()));
-    let wants = |name: &str| which.is_empty() || which.iter().any(|w| w == name);
-    if wants("attention") {
-        kernels::attention(&bench);
+    let wants = |name: &str| parts.is_empty() || parts.iter().any(|p| p == name);
+    let took = |what: &str| println!("-- {what}: {:.0} s so far", start.elapsed().as_secs_f64());
+    for (name, run) in PARTS.iter().filter(|p| wants(p.0)) {
+        run(&gpu);
+        took(name);
     }
-    if wants("products") {
-        kernels::products(&bench);
-    }
-    if wants("mlp") {
-        kernels::selective_mlp(&bench);
-    }
-    if wants("small") {
-        kernels::small(&bench);
-    }
-    if wants("prefill") {
-        kernels::prefill(&bench);
-    }
-    let few = which.iter().any(|w| w == "few-steps");
+    let few = parts.iter().any(|p| p == "few-steps");
     if few || wants("steps") {
-        steps::steps(Arc::clone(&bench.device), bench.ceiling, &models, few);
+        steps::steps(&gpu, &models, few);
+        took("steps");
     }
 }

@@ -1,8 +1,10 @@
 //! Whole decode steps of real shapes with random weights: dense and Polar, through the backend's own
 //! path (tables, recorded step, token fetch), without a scheduler.
 
-use crate::shapes::{Model, all};
+use crate::models::{Model, all};
+use crate::timing::Gpu;
 use polar_sparsity::backend::cuda::driver::Driver;
+use polar_sparsity::backend::cuda::launch::{DownCut, Tuning};
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
@@ -11,9 +13,31 @@ use polar_sparsity::sparsity::{MlpMode, Options, Policy, SeqDemand, SeqSetting};
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Arguments that make steps with another choice between equivalent launches.
+pub(crate) const TUNINGS: &[&str] =
+    &["tuning:serial", "tuning:unmade", "tuning:deep", "tuning:narrow", "tuning:early"];
+
+/// What those arguments say.
+fn tuning() -> Tuning {
+    let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
+    Tuning {
+        beside: !wants("serial"),
+        made: !wants("unmade"),
+        down: match (wants("deep"), wants("narrow")) {
+            (true, _) => DownCut::Deep,
+            (_, true) => DownCut::Narrow,
+            _ => DownCut::Wide,
+        },
+        join_early: wants("early"),
+    }
+}
+
 struct Greedy;
 
 impl History for Greedy {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
+    }
     fn tokens(&self, _: u32) -> (&[u32], usize) {
         (&[], 0)
     }
@@ -22,25 +46,31 @@ impl History for Greedy {
     }
 }
 
+/// Steps before a setting is timed: it is launched, then recorded, then replayed.
+const WARM_UP: usize = 3;
+const TIMED: usize = 10;
+
 /// Median of whole steps, and of the host's part of them, milliseconds.
 struct Times {
     step: f64,
     host: f64,
 }
 
-/// `wanted`: names of models, all when empty; `few`: only the points of the plan.
-pub(crate) fn steps(device: Arc<Driver>, ceiling: f64, wanted: &[String], few: bool) {
+/// `wanted`: names of models, all when empty; `few`: only the points that DESIGN's table names.
+pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
+    let device = &gpu.device;
     println!(
-        "model B S density | dense ms (host) | polar ms (host) | ratio, floor ratio | dense/floor | polar tokens/s"
+        "model B S density | dense ms (host), over its floor | Polar ms (host), over its floor | ratio of what bytes allow | Polar tokens/s"
     );
     for model in all() {
         if !wanted.is_empty() && !wanted.iter().any(|w| w == model.name) {
             continue;
         }
-        let cuda = Cuda::new(Arc::clone(&device), true);
-        let weights = CudaWeights::random(&device, &model.spec).unwrap();
+        let cuda = Cuda::new(Arc::clone(device), true).tuned(tuning());
+        let told = device.product_choices().len();
+        let weights = CudaWeights::random(device, &model.spec).unwrap();
         let info = model.routers();
-        let routers = CudaRouters::random(&device, &model.spec, &info).unwrap();
+        let routers = CudaRouters::random(device, &model.spec, &info).unwrap();
         for batch in [1u32, 8, 32, 64, 128, 256] {
             for context in [1024u32, 2048, 4096, 8192] {
                 let planned = matches!((batch, context), (1, 1024) | (8, 2048) | (64, 2048) | (64, 8192));
@@ -51,18 +81,24 @@ pub(crate) fn steps(device: Arc<Driver>, ceiling: f64, wanted: &[String], few: b
                 if bytes + (3 << 30) > cuda.free_memory().unwrap() {
                     continue;
                 }
-                point(&cuda, &weights, &routers, &model, ceiling, batch, context);
+                point(gpu, &cuda, &weights, &routers, &model, batch, context);
             }
+        }
+        for c in device.product_choices().split_off(told) {
+            println!(
+                r#"{{"kind":"choice","model":"{}","rows":{},"n":{},"k":{},"transposed":{},"first_us":{:.1},"best_us":{:.1},"own_us":{:.1},"own":{}}}"#,
+                model.name, c.rows, c.n, c.k, c.transposed, c.first_us, c.best_us, c.own_us, c.own
+            );
         }
     }
 }
 
 fn point(
+    gpu: &Gpu,
     cuda: &Cuda<Driver>,
     weights: &CudaWeights<Driver>,
     routers: &CudaRouters<Driver>,
     model: &Model,
-    ceiling: f64,
     batch: u32,
     context: u32,
 ) {
@@ -76,14 +112,21 @@ fn point(
         let step = make(cuda, weights, model, &limits, batch, context, density, mlp);
         let mut report = Report::with_limits(&limits).unwrap();
         let (mut whole, mut host) = (vec![], vec![]);
-        for i in 0..13 {
+        let mut program = 0;
+        for i in 0..WARM_UP + TIMED {
+            // The second step of a kind is recorded.
+            if i == 1 {
+                program = cuda.free_memory().unwrap();
+            } else if i == 2 {
+                program = program.saturating_sub(cuda.free_memory().unwrap());
+            }
             let start = Instant::now();
             let mut r =
                 Run { backend: cuda, weights, routers: Some(routers), kv: &mut kv, scratch: &mut scratch };
             enqueue(&mut r, &step, &Greedy, &mut report).unwrap();
             let enqueued = start.elapsed().as_secs_f64() * 1e3;
             assert!(cuda.poll(&mut scratch, &step, &mut report, u64::MAX).unwrap());
-            if i >= 3 {
+            if i >= WARM_UP {
                 whole.push(start.elapsed().as_secs_f64() * 1e3);
                 host.push(enqueued);
             }
@@ -92,6 +135,9 @@ fn point(
             v.sort_by(f64::total_cmp);
             v[v.len() / 2]
         };
+        if program > 0 {
+            println!("recorded step: {} KiB of device memory", program >> 10);
+        }
         (Times { step: median(&mut whole), host: median(&mut host) }, report.kv_bytes_read as f64)
     };
     let (dense, kv_dense) = run(1.0, MlpMode::Dense);
@@ -107,34 +153,32 @@ fn point(
     } else {
         mlp
     };
-    let floor_dense = (fixed + kv_dense) / ceiling / 1e9;
-    let floor_polar = (fixed - if relu { mlp - sparse_mlp } else { 0.0 } + kv_polar) / ceiling / 1e9;
+    let floor_dense = (fixed + kv_dense) / gpu.ceiling / 1e9;
+    let floor_polar = (fixed - if relu { mlp - sparse_mlp } else { 0.0 } + kv_polar) / gpu.ceiling / 1e9;
+    let tokens_s = f64::from(batch) / polar.step * 1e3;
     println!(
-        "{:<13} {batch:>4} {context:>5} {:.3} | {:7.3} ({:.3}) | {:7.3} ({:.3}) | {:.2}x of {:.2}x | {:.2} | {:.0}",
+        "{:<13} {batch:>4} {context:>5} {:.3} | {:7.3} ({:.3}) {:.2} | {:7.3} ({:.3}) {:.2} | {:.2}x of {:.2}x | {tokens_s:.0}",
         model.name,
         model.density,
         dense.step,
         dense.host,
+        dense.step / floor_dense,
         polar.step,
         polar.host,
+        polar.step / floor_polar,
         dense.step / polar.step,
         floor_dense / floor_polar,
-        dense.step / floor_dense,
-        f64::from(batch) / polar.step * 1e3,
     );
-    println!(
-        r#"{{"kind":"step","model":"{}","batch":{batch},"context":{context},"density":{},"dense_ms":{:.4},"polar_ms":{:.4},"speedup":{:.4},"floor_speedup":{:.4},"floor_ms":{:.4},"polar_floor_ms":{:.4},"host_ms":{:.4},"tokens_s":{:.1}}}"#,
+    gpu.record(&format!(
+        r#"{{"kind":"step","model":"{}","batch":{batch},"context":{context},"density":{},"dense_ms":{:.4},"polar_ms":{:.4},"speedup":{:.4},"floor_speedup":{:.4},"floor_ms":{floor_dense:.4},"polar_floor_ms":{floor_polar:.4},"host_ms":{:.4},"tokens_s":{tokens_s:.1}}}"#,
         model.name,
         model.density,
         dense.step,
         polar.step,
         dense.step / polar.step,
         floor_dense / floor_polar,
-        floor_dense,
-        floor_polar,
         polar.host,
-        f64::from(batch) / polar.step * 1e3,
-    );
+    ));
 }
 
 #[allow(clippy::too_many_arguments, reason = "one call")]

@@ -1,10 +1,16 @@
 //! A device, random memory on it, and the time of a list of launches.
 
+use cudarc::driver::sys;
 use polar_sparsity::backend::cuda::device::{self, Device};
 use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::{Kernels, Launch};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
+use std::cell::RefCell;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 pub(crate) const T: DType = DType::BF16;
@@ -16,6 +22,8 @@ pub(crate) struct Gpu {
     pub(crate) device: Arc<Driver>,
     /// Read-only stream, TB/s.
     pub(crate) ceiling: f64,
+    /// Where records go, if anywhere.
+    out: Option<RefCell<File>>,
 }
 
 /// Memory that is given back.
@@ -39,7 +47,7 @@ impl Gpu {
                 std::process::exit(1);
             }
         };
-        let mut gpu = Gpu { device, ceiling: 0.0 };
+        let mut gpu = Gpu { device, ceiling: 0.0, out: None };
         let bytes = 8u64 << 30;
         let memory = gpu.random(bytes / 2, 1.0);
         let sink = gpu.room(16);
@@ -48,8 +56,68 @@ impl Gpu {
         let us = gpu.time(1, |_| device::start(&*gpu.device, &launch, &params).unwrap());
         drop((memory, sink));
         gpu.ceiling = bytes as f64 / us / 1e6;
-        println!(r#"{{"kind":"ceiling","read_tbps":{:.3}}}"#, gpu.ceiling);
         gpu
+    }
+
+    /// Records go to `h200.jsonl` in `folder` (or as the GPU is called), anew or behind what is there.
+    pub(crate) fn open_results(&mut self, folder: &Path, append: bool) -> std::io::Result<()> {
+        let name = self.name().to_lowercase();
+        let model = name.split_whitespace().find(|w| w.bytes().any(|b| b.is_ascii_digit())).unwrap_or("gpu");
+        let path = folder.join(format!("{model}.jsonl"));
+        let mut how = OpenOptions::new();
+        how.create(true).write(true).append(append).truncate(!append);
+        self.out = Some(RefCell::new(how.open(&path)?));
+        println!("records go to {}", path.display());
+        let says = |program: &str, arguments: &[&str]| {
+            let output = Command::new(program).args(arguments).output().ok()?;
+            let text = String::from_utf8(output.stdout).ok()?;
+            Some(text.lines().next()?.trim().to_owned())
+        };
+        let driver = says("nvidia-smi", &["--query-gpu=driver_version", "--format=csv,noheader"]);
+        let arguments: Vec<String> = std::env::args().skip(1).collect();
+        // The library says which commit it was built from.
+        let commit = env!("POLAR_BUILD_INFO").split("git ").nth(1).and_then(|s| s.split(')').next());
+        let commit = commit.unwrap_or("unknown");
+        self.record(&format!(
+            r#"{{"kind":"run","date":"{}","gpu":"{}","driver":"{}","commit":"{}","command":"bench-gpu {}"}}"#,
+            says("date", &["-u", "+%F %H:%M"]).unwrap_or_default(),
+            self.name(),
+            driver.unwrap_or_default(),
+            commit,
+            arguments.join(" "),
+        ));
+        let copy = self.copy_stream();
+        println!("copy {copy:.2} TB/s, read {:.2} TB/s", self.ceiling);
+        self.record(&format!(
+            r#"{{"kind":"ceiling","copy_tbps":{copy:.3},"read_tbps":{:.3}}}"#,
+            self.ceiling
+        ));
+        Ok(())
+    }
+
+    /// Device-to-device copy, bytes read and written, TB/s.
+    fn copy_stream(&self) -> f64 {
+        let bytes = 4u64 << 30;
+        let (from, to) = (self.room(bytes), self.room(bytes));
+        let copy = || {
+            self.device.time(|| {
+                let stream = self.device.stream() as sys::CUstream;
+                // SAFETY: both hold so many bytes, and are given back after the copy is over.
+                let status = unsafe { sys::cuMemcpyDtoDAsync_v2(to.at.0, from.at.0, bytes as usize, stream) };
+                assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+                Ok(())
+            })
+        };
+        let mut ms: Vec<f64> = (0..7).map(|_| f64::from(copy().unwrap())).collect();
+        ms.sort_by(f64::total_cmp);
+        2.0 * bytes as f64 / ms[ms.len() / 2] / 1e9
+    }
+
+    /// One record.
+    pub(crate) fn record(&self, json: &str) {
+        if let Some(out) = &self.out {
+            writeln!(out.borrow_mut(), "{json}").unwrap();
+        }
     }
 
     pub(crate) fn name(&self) -> String {
@@ -75,13 +143,6 @@ impl Gpu {
         let params = FillParams { at: memory.at, count, seed: count, scale, offset: 0.0 };
         device::start(&*self.device, &launch, &params).unwrap();
         memory
-    }
-
-    /// Overwrites `count` 16-bit numbers.
-    pub(crate) fn random_into(&self, at: Ptr, count: u64) {
-        let launch = self.kernels(128, 1).fill(T).unwrap();
-        device::start(&*self.device, &launch, &FillParams { at, count, seed: 9, scale: 1.0, offset: 0.0 })
-            .unwrap();
     }
 
     pub(crate) fn words(&self, v: &[u32]) -> Memory<'_> {
@@ -126,9 +187,9 @@ impl Gpu {
             "{kernel:<18} {case:<46} {us:>9.2} us {tbps:>6.3} TB/s {:>4.0} %",
             100.0 * tbps / self.ceiling
         );
-        println!(
+        self.record(&format!(
             r#"{{"kind":"kernel","kernel":"{kernel}",{json},"us":{us:.3},"bytes":{bytes:.0},"tbps":{tbps:.4},"read_tbps":{:.3}}}"#,
             self.ceiling
-        );
+        ));
     }
 }

@@ -146,7 +146,7 @@ impl Rig {
         let (b, w, s) = (&self.cpu, &self.weights, &mut cache.scratch);
         b.begin(w, s, step)?;
         b.embed(w, s, step)?;
-        b.project(w, &mut cache.kv, s, step, 1)?;
+        b.project(w, None, &mut cache.kv, s, step, 1)?;
         let live = if sparse {
             b.route(&self.routers, s, step, 1, Site::Attn)?;
             b.select(s, step, 1, Site::Attn)?;
@@ -176,7 +176,7 @@ impl Rig {
         b.begin(w, s, step)?;
         b.embed(w, s, step)?;
         for layer in 0..self.spec.num_layers as usize {
-            timed(0, &mut || b.project(w, &mut cache.kv, s, step, layer))?;
+            timed(0, &mut || b.project(w, None, &mut cache.kv, s, step, layer))?;
             timed(1, &mut || b.attend(w, &mut cache.kv, s, step, layer, Live::All))?;
             timed(2, &mut || b.mlp(w, s, step, layer, Live::All))?;
         }
@@ -232,6 +232,9 @@ fn seq(
 struct Greedy;
 
 impl History for Greedy {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
+    }
     fn tokens(&self, _slot: u32) -> (&[u32], usize) {
         (&[], 0)
     }

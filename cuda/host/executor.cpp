@@ -14,6 +14,14 @@ Thread* self;
 int block_x, block_y;
 Grid grid;
 unsigned char* shared;
+std::vector<Late> late;
+
+void check_source(const void* source, uint32_t bytes) {
+    if (self->waited) return;
+    const unsigned char* at = (const unsigned char*)source;
+    for (const Late& l : late)
+        if (at < l.to && at + bytes > l.from) __builtin_trap();
+}
 
 namespace {
 
@@ -85,7 +93,7 @@ void fiber_main() {
 
 void prepare(Fiber& f) {
     if (!f.stack) f.stack.reset(new unsigned char[STACK]);
-    f.done = false;
+    f.done = f.thread.waited = false;
     f.thread.groups.clear();
     f.thread.open.clear();
 #ifdef __x86_64__
@@ -131,7 +139,7 @@ void sync_warp() {
     barrier(w.arrived, w.generation, std::min(32, grid.threads - self->index / 32 * 32));
 }
 
-bool run(const Grid& g, const std::function<void()>& kernel) {
+int run(const Grid& g, const std::function<void()>& kernel) {
     grid = g;
     body = &kernel;
     fibers.resize(std::max<size_t>(fibers.size(), g.threads));
@@ -172,10 +180,11 @@ bool run(const Grid& g, const std::function<void()>& kernel) {
                 enter(f);
                 if (f.done) left--;
             }
-            if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return false;
+            if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return 2;
         }
+        if (std::none_of(fibers.begin(), fibers.begin() + g.threads, [](const Fiber& f) { return f.thread.waited; })) return 3;
     }
-    return true;
+    return 0;
 }
 
 }  // namespace host

@@ -25,6 +25,7 @@ struct Warp {
 
 struct Thread {
     int index = 0;
+    bool waited = false;  // for the kernels before this one
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;                 // not yet committed
 };
@@ -41,13 +42,18 @@ extern int block_x, block_y;
 extern Grid grid;
 extern unsigned char* shared;
 
+// Memory that the kernels before still write: an asynchronous copy from it before the wait is an error.
+struct Late { const unsigned char* from; const unsigned char* to; };
+extern std::vector<Late> late;
+void check_source(const void* source, uint32_t bytes);
+
 Warp& warp();
 void yield();
 void sync_block();
 void sync_warp();
 
-// Runs `kernel` for every thread of the grid. Returns false when a barrier was not reached by all
-// threads (they would wait for ever).
-bool run(const Grid& grid, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of the grid. 0: done. 2: a barrier was not reached by all threads (they
+// would wait for ever). 3: a block ended without having waited for the kernels before.
+int run(const Grid& grid, const std::function<void()>& kernel);
 
 }  // namespace host

@@ -13,18 +13,28 @@ struct Named { const char* name; Entry entry; };
     ONE(name##_bf16_64, Params) ONE(name##_bf16_80, Params) ONE(name##_bf16_96, Params)      \
     ONE(name##_bf16_128, Params) ONE(name##_f16_64, Params) ONE(name##_f16_80, Params)       \
     ONE(name##_f16_96, Params) ONE(name##_f16_128, Params)
+#define ROWS(name, Params)                                                                   \
+    ONE(name##_bf16_1, Params) ONE(name##_bf16_2, Params) ONE(name##_bf16_4, Params)         \
+    ONE(name##_bf16_8, Params) ONE(name##_f16_1, Params) ONE(name##_f16_2, Params)           \
+    ONE(name##_f16_4, Params) ONE(name##_f16_8, Params)
 
 const Named kernels[] = {
     SIZES(attention_decode, DecodeParams)
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
     SIZES(attention_decode_tall, DecodeParams)
     SIZES(attention_prefill, PrefillParams)
-    ONE(linear_skinny_bf16_1, LinearParams) ONE(linear_skinny_bf16_2, LinearParams)
-    ONE(linear_skinny_bf16_4, LinearParams) ONE(linear_skinny_bf16_8, LinearParams)
-    ONE(linear_skinny_f16_1, LinearParams) ONE(linear_skinny_f16_2, LinearParams)
-    ONE(linear_skinny_f16_4, LinearParams) ONE(linear_skinny_f16_8, LinearParams)
+    ONE(attention_prefill_bf16_256, PrefillParams) ONE(attention_prefill_f16_256, PrefillParams)
+    ONE(attention_prefill_8x16_bf16_128, PrefillParams) ONE(attention_prefill_4x16_bf16_128, PrefillParams)
+    ONE(attention_prefill_8x32_bf16_128, PrefillParams) ONE(attention_prefill_12x16_bf16_128, PrefillParams)
+    ONE(attention_prefill_8x16_128_bf16_128, PrefillParams)
+    ROWS(linear_skinny, LinearParams)
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
+    BOTH(mlp_down, DownParams)
+    BOTH(mlp_down_deep, DownParams)
+    BOTH(mlp_down_narrow, DownParams)
+    ROWS(linear_up, LinearParams)
+    ROWS(router_scores, RouterParams)
     BOTH(linear_tile_nt, LinearParams)
     BOTH(linear_tile_nn, LinearParams)
     BOTH(embed, EmbedParams)
@@ -33,8 +43,13 @@ const Named kernels[] = {
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
     ONE(select_neurons, NeuronParams)
+    ONE(select_neurons_large, NeuronParams)
     ONE(neuron_scores, NeuronParams)
     ONE(argmax, ArgmaxParams)
+    ONE(count_tokens, CountParams)
+    ONE(sample_penalised, SampleParams)
+    ONE(sample_bins, SampleParams)
+    ONE(sample_finish, SampleParams)
     ONE(transpose16, TransposeParams)
     ONE(convert, ConvertParams)
     ONE(read_stream, StreamParams)
@@ -43,7 +58,7 @@ const Named kernels[] = {
 
 }  // namespace
 
-// 0: done. 1: no such kernel. 2: threads wait for each other for ever.
+// 0: done. 1: no such kernel. Others: see host::run.
 extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
                                  uint32_t seed, const void* params) {
     for (const Named& k : kernels) {
@@ -54,16 +69,23 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
         grid.threads = (int)threads;
         grid.shared_bytes = shared_bytes;
         grid.seed = seed;
-        return host::run(grid, [&] { k.entry(params); }) ? 0 : 2;
+        return host::run(grid, [&] { k.entry(params); });
     }
     return 1;
 }
 
+// Memory that the kernels before are still writing when the next launches begin; 0 bytes: none any more.
+extern "C" void polar_host_late(const void* at, uint64_t bytes) {
+    if (bytes == 0) host::late.clear();
+    else host::late.push_back({(const unsigned char*)at, (const unsigned char*)at + bytes});
+}
+
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
-    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams),
+    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
                               sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
-                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;
     for (int i = 0; i < n; i++) out[i] = sizes[i];

@@ -28,8 +28,10 @@ DEVICE int lane_index() { return host::self->index & 31; }
 DEVICE int warp_index() { return host::self->index >> 5; }
 
 DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() {}
-DEVICE void begin_kernel() {}
+DEVICE void wait_for_previous() { host::self->waited = true; }
+DEVICE void begin_kernel() { wait_for_previous(); }
+DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
+DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
@@ -37,6 +39,21 @@ DEVICE void fence_device() {}
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) {
     uint32_t old = *p;
     *p = old + v;
+    return old;
+}
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) {
+    uint32_t old = *p;
+    *p = old | v;
+    return old;
+}
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) {
+    uint64_t old = *p;
+    *p = old + v;
+    return old;
+}
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) {
+    uint64_t old = *p;
+    *p = old > v ? old : v;
     return old;
 }
 
@@ -70,11 +87,19 @@ DEVICE uint32_t vote(bool v) {
     sync_warp();
     return y;
 }
+DEVICE uint32_t warp_add(uint32_t v) {
+    for (int m = 16; m; m >>= 1) v += shuffle_xor(v, m);
+    return v;
+}
 DEVICE int count_bits(uint32_t v) { return __builtin_popcount(v); }
 DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs((int)v) - 1; }
+DEVICE int highest_bit(uint64_t v) { return 63 - __builtin_clzll(v); }
 
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float log2_fast(float x) { return log2f(x); }
+DEVICE float exp_exact(float x) { return expf(x); }
+DEVICE float product(float a, float b) { return a * b; }
+DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 DEVICE float reciprocal_sqrt(float x) { return 1.0f / sqrtf(x); }
 
 struct bf16 { uint16_t bits; };
@@ -128,11 +153,34 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
     sync_warp();
 }
 
+// Element (row, column) of matrix i as two bytes, from the 16 bytes each lane points at.
+template <bool TRANSPOSED> void host_load_matrices(uint32_t (&out)[4], const void* row) {
+    host::Warp& w = host::warp();
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    if ((uintptr_t)row % 16) __builtin_trap();  // misaligned
+    memcpy(w.words[lane], &row, sizeof row);
+    sync_warp();
+    for (int i = 0; i < 4; i++) {
+        uint16_t two[2];
+        for (int e = 0; e < 2; e++) {
+            const int from = TRANSPOSED ? 2 * t + e : g, column = TRANSPOSED ? g : 2 * t + e;
+            const unsigned char* at;
+            memcpy(&at, w.words[8 * i + from], sizeof at);
+            memcpy(&two[e], at + 2 * column, 2);
+        }
+        out[i] = two[0] | (uint32_t)two[1] << 16;
+    }
+    sync_warp();
+}
+DEVICE void load_matrices(uint32_t (&out)[4], const void* row) { host_load_matrices<false>(out, row); }
+DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) { host_load_matrices<true>(out, row); }
+
 DEVICE void host_finish(const host::Copy& c) {
     if (c.valid) memcpy(c.target, c.source, c.bytes);
     else memset(c.target, 0, c.bytes);
 }
 DEVICE void host_issue(void* target, const void* source, uint32_t bytes, bool valid) {
+    host::check_source(source, valid ? bytes : 0);
     memset(target, 0xff, bytes);
     host::self->open.push_back({target, source, bytes, valid});
 }
@@ -170,6 +218,7 @@ DEVICE void tile_load(void* target, const void* source, uint32_t bytes, TileBarr
     if (lane_index() == 0) {
         HostTile* tile = host_tile(b);
         if (tile->pending) __builtin_trap();  // a stage loaded twice without a wait
+        host::check_source(source, bytes);
         memset(target, 0xff, bytes);
         tile->copy = {target, source, bytes, !tile->copy.valid};
         tile->pending = true;

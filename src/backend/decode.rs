@@ -28,7 +28,7 @@ pub fn enqueue<B: Backend>(
     b.begin(w, run.scratch, step)?;
     b.embed(w, run.scratch, step)?;
     for layer in 0..b.spec(w).num_layers as usize {
-        b.project(w, run.kv, run.scratch, step, layer)?;
+        b.project(w, run.routers, run.kv, run.scratch, step, layer)?;
         // Both routers read the hidden state that entered `project`, so both may run before attention.
         let attn = choose(run, step, layer, Site::Attn)?;
         let mlp = choose(run, step, layer, Site::Mlp)?;

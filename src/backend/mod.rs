@@ -65,6 +65,8 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> i32;
 
 /// Tokens of a sequence so far, for sampling penalties.
 pub trait History: Sync {
+    /// A number of the sequence in `slot` that no other sequence has, not 0.
+    fn id(&self, slot: u32) -> u64;
     /// Prompt and generated tokens of the sequence in `slot`, and how many are prompt.
     fn tokens(&self, slot: u32) -> (&[u32], usize);
     /// Sampling parameters of the sequence in `slot`.
@@ -122,10 +124,13 @@ pub trait Backend: Send + Sync + 'static {
     /// Token (and learned position) embeddings into the residual stream.
     fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()>;
 
-    /// Attention norm, QKV products, q/k norms, rotation; K and V of every head into the pages.
+    /// Attention norm, QKV products, q/k norms, rotation; K and V of every head into the pages. A backend
+    /// may run the layer's attention router and selection here as well, from the routers that `route`
+    /// will be given.
     fn project(
         &self,
         w: &Self::Weights,
+        r: Option<&Self::Routers>,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
         step: &Step,

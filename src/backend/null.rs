@@ -144,7 +144,15 @@ impl Backend for Null {
         self.stage()
     }
 
-    fn project(&self, _: &NullWeights, _: &mut (), _: &mut NullScratch, _: &Step, _: usize) -> Result<()> {
+    fn project(
+        &self,
+        _: &NullWeights,
+        _: Option<&()>,
+        _: &mut (),
+        _: &mut NullScratch,
+        _: &Step,
+        _: usize,
+    ) -> Result<()> {
         self.stage()
     }
 

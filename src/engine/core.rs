@@ -402,6 +402,10 @@ impl<B: Backend> Core<B> {
 struct Histories<'a>(&'a [Option<Seq>]);
 
 impl History for Histories<'_> {
+    fn id(&self, slot: u32) -> u64 {
+        self.0[slot as usize].as_ref().map_or(0, |seq| seq.id.0)
+    }
+
     fn tokens(&self, slot: u32) -> (&[u32], usize) {
         match &self.0[slot as usize] {
             Some(seq) => (&seq.tokens, seq.prompt_len),

@@ -2,6 +2,7 @@
 
 mod sampler;
 
+pub(crate) use sampler::uniform;
 pub use sampler::{Choice, Scratch, sample};
 
 use crate::error::{Error, Result};

@@ -216,7 +216,7 @@ fn top_n<'a>(logits: &[f32], best: &'a mut [(u32, f32)]) -> &'a [(u32, f32)] {
 
 /// A number in [0, 1) from a counter: splitmix64 of seed and position, so that the n-th token of a
 /// request draws the same number whatever else runs.
-fn uniform(seed: u64, position: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let mix = |mut z: u64| {
         z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -86,6 +86,7 @@ struct Case {
     window: usize,
     multiprocessors: u32,
     min_pages: u32,
+    early: bool,
 }
 
 /// The output as bytes and the reference.
@@ -149,14 +150,27 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         keep: bench.words(&keep),
         prefix: bench.words(&prefix),
         out,
-        parts: bench.room(launch.grid.0 as usize * 2 * c.group * (c.hd + 2) * 4),
+        parts: bench.room(launch.grid.0 as usize * 2 * c.group * (c.hd + 4) * 4),
         counters,
         sequences: n as u32,
         heads: heads as u32,
         kv_heads: c.kv_heads as u32,
         stages: k.stages.min(3),
         min_pages: c.min_pages,
+        segment_cost: SEGMENT_COST,
+        early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),
+    };
+    // The newest page of each sequence is being written until the kernel has waited, or all pages are.
+    let page_bytes = (c.kv_heads * 32 * c.hd * 2) as u64;
+    *bench.late.lock().unwrap() = match c.early {
+        true => cache
+            .tables
+            .iter()
+            .flat_map(|t| t.last())
+            .map(|&p| (params.kv.offset(u64::from(p) * page_bytes), page_bytes))
+            .collect(),
+        false => vec![(params.kv, 2 * cache.pool.len() as u64)],
     };
     bench.start(&launch, &params);
     let got = bench.read_half(out, expected.len(), c.dtype);
@@ -186,6 +200,7 @@ fn case() -> Case {
         window: usize::MAX,
         multiprocessors: 3,
         min_pages: 4,
+        early: true,
     }
 }
 
@@ -226,78 +241,238 @@ fn decode_ragged_long_among_ones() {
 
 #[test]
 fn decode_window() {
-    for window in [1, 5, 16, 40] {
-        decode(&Bench::new(0), &Case { window, lengths: vec![1, 16, 17, 100], group: 2, ..case() });
+    for (window, early) in [(1, true), (5, false), (16, true), (40, true)] {
+        decode(&Bench::new(0), &Case { window, early, lengths: vec![1, 16, 17, 100], group: 2, ..case() });
     }
 }
 
 #[test]
 fn decode_all_selected_is_dense_bit_for_bit() {
     let dense = decode(&Bench::new(0), &case());
-    let all = decode(&Bench::new(0), &Case { keep: vec![3; 7], ..case() });
-    assert!(dense == all);
+    for early in [false, true] {
+        let all = decode(&Bench::new(0), &Case { keep: vec![3; 7], early, ..case() });
+        assert!(dense == all);
+    }
+    assert!(dense == decode(&Bench::new(0), &Case { early: false, ..case() }));
+}
+
+/// More parts than are merged at once, and more sequences than one look at the table finds.
+#[test]
+fn decode_many_parts_and_many_sequences() {
+    for (hd, group) in [(64, 1), (128, 4), (256, 2), (80, 16)] {
+        let c = Case {
+            hd,
+            group,
+            kv_heads: 1,
+            lengths: vec![16 * 40 + 3],
+            multiprocessors: 20,
+            min_pages: 1,
+            ..case()
+        };
+        decode(&Bench::new(3), &c);
+    }
+    for n in [31, 32, 33, 64, 65, 1030] {
+        let lengths = (0..n).map(|i| if i % 5 == 1 { 0 } else { 1 + i * 7 % 40 }).collect();
+        decode(&Bench::new(0), &Case { lengths, kv_heads: 1, multiprocessors: 4, min_pages: 1, ..case() });
+    }
+}
+
+/// Prompts of a step.
+struct Prompts {
+    dtype: DType,
+    hd: usize,
+    kv_heads: usize,
+    group: usize,
+    window: usize,
+    /// Of each sequence: tokens in the cache after the step, tokens of the step.
+    chunks: Vec<(usize, usize)>,
+    /// The second sequence begins with the first one's pages, this many.
+    shared: usize,
+    /// Another cut of the kernel; empty: the one in use.
+    cut: &'static str,
+}
+
+fn prompts() -> Prompts {
+    Prompts {
+        dtype: DType::BF16,
+        hd: 64,
+        kv_heads: 2,
+        group: 1,
+        window: usize::MAX,
+        chunks: vec![(70, 70), (100, 9), (16, 1), (33, 17), (1, 1), (300, 20)],
+        shared: 0,
+        cut: "",
+    }
 }
 
 #[test]
-fn prefill_chunks_groups_and_windows() {
-    for (hd, group, window) in
-        [(64, 1, usize::MAX), (64, 4, 20), (80, 7, usize::MAX), (96, 16, 33), (128, 2, usize::MAX)]
-    {
-        orders(|b| prefill(b, DType::BF16, hd, group, window));
+fn prefill_every_head_size_and_type() {
+    for dtype in [DType::BF16, DType::F16] {
+        for hd in [64, 80, 96, 128, 256] {
+            let chunks = vec![(1, 1), (67, 67), (100, 9)];
+            prefill(&Bench::new(0), &Prompts { dtype, hd, group: 2, chunks, ..prompts() });
+        }
     }
-    prefill(&Bench::new(0), DType::F16, 128, 3, usize::MAX);
 }
 
-fn prefill(bench: &Bench, dtype: DType, hd: usize, group: usize, window: usize) -> Vec<u8> {
+#[test]
+fn prefill_every_group() {
+    for group in [1, 2, 4, 5, 7, 8, 12, 16] {
+        let chunks = vec![(33, 33), (90, 20), (1, 1)];
+        prefill(&Bench::new(0), &Prompts { group, chunks, ..prompts() });
+        let chunks = vec![(41, 9), (50, 50)];
+        prefill(&Bench::new(3), &Prompts { group, window: 21, hd: 128, chunks, ..prompts() });
+    }
+}
+
+#[test]
+fn prefill_in_any_order_of_threads() {
+    for (hd, group, window) in [
+        (64, 1, usize::MAX),
+        (64, 4, 20),
+        (80, 7, usize::MAX),
+        (96, 16, 33),
+        (128, 2, usize::MAX),
+        (256, 4, 70),
+    ] {
+        orders(|b| prefill(b, &Prompts { hd, group, window, ..prompts() }));
+    }
+}
+
+#[test]
+fn prefill_other_cuts() {
+    for cut in Kernels::prefill_cuts() {
+        for (group, window) in [(1, usize::MAX), (4, 70), (7, usize::MAX)] {
+            let chunks = vec![(70, 70), (100, 9), (1, 1), (300, 20), (130, 130), (193, 65)];
+            prefill(
+                &Bench::new(3),
+                &Prompts { hd: 128, kv_heads: 1, group, window, chunks, cut, ..prompts() },
+            );
+        }
+    }
+}
+
+/// Prompts that end just before, at and after the ends of pages, steps and tiles.
+#[test]
+fn prefill_lengths_around_every_boundary() {
+    for (group, edges) in [(1, [16, 64, 128, 256]), (4, [16, 32, 64, 96]), (7, [16, 18, 36, 64])] {
+        let chunks: Vec<_> = edges.iter().flat_map(|&e| [e - 1, e, e + 1]).map(|n| (n, n)).collect();
+        prefill(&Bench::new(0), &Prompts { group, kv_heads: 1, chunks, ..prompts() });
+        let chunks = edges
+            .iter()
+            .flat_map(|&e| [(e, 1), (e + 1, 2), (e + 2, 4), (e + 65, 64), (e + 64, 65)])
+            .collect();
+        prefill(&Bench::new(0), &Prompts { group, kv_heads: 1, chunks, ..prompts() });
+    }
+}
+
+#[test]
+fn prefill_windows() {
+    for window in [1, 2, 15, 16, 17, 63, 64, 65, 129] {
+        let chunks = vec![(1, 1), (130, 130), (200, 3), (265, 64), (193, 65)];
+        prefill(&Bench::new(0), &Prompts { group: 1, kv_heads: 1, window, chunks, ..prompts() });
+        let chunks = vec![(80, 80), (140, 30)];
+        prefill(&Bench::new(0), &Prompts { group: 5, kv_heads: 1, window, chunks, ..prompts() });
+    }
+}
+
+#[test]
+fn prefill_shared_pages() {
+    let chunks = vec![(96, 20), (130, 66), (64, 64)];
+    prefill(&Bench::new(0), &Prompts { group: 4, shared: 4, chunks, ..prompts() });
+}
+
+/// How a prompt is cut into chunks changes no bit of its output.
+#[test]
+fn prefill_chunks_do_not_change_the_result() {
+    for (hd, group, window) in [(64, 1, usize::MAX), (128, 4, usize::MAX), (80, 5, 50), (256, 2, 40)] {
+        let of = |chunk: usize| {
+            let (length, kv_heads) = (150, 1);
+            let p = Prompts { hd, group, window, kv_heads, chunks: vec![(length, length)], ..prompts() };
+            let mut all = vec![];
+            for at in (0..length).step_by(chunk) {
+                let n = chunk.min(length - at);
+                all.extend(prefill_part(&Bench::new(0), &p, &[(at + n, n)]));
+            }
+            all
+        };
+        let whole = of(150);
+        for chunk in [7, 16, 33, 64, 149] {
+            assert!(of(chunk) == whole, "chunks of {chunk}, head size {hd}, group {group}");
+        }
+    }
+}
+
+fn prefill(bench: &Bench, p: &Prompts) -> Vec<u8> {
+    prefill_part(bench, p, &p.chunks)
+}
+
+/// Runs `chunks` of the prompts (the same tokens as in any other call with these prompts).
+fn prefill_part(bench: &Bench, p: &Prompts, chunks: &[(usize, usize)]) -> Vec<u8> {
+    let (hd, group, heads) = (p.hd, p.group, p.kv_heads * p.group);
     let mut rng = Rng(hd as u64 + group as u64);
-    let kv_heads = 2;
-    let heads = kv_heads * group;
-    // (context after the chunk, tokens of the chunk)
-    let chunks = [(70, 70), (100, 9), (16, 1), (33, 17), (1, 1), (300, 20)];
-    let lengths: Vec<usize> = chunks.iter().map(|c| c.0).collect();
-    let cache = Cache::new(&mut rng, dtype, hd, kv_heads, &lengths);
-    let rows: usize = chunks.iter().map(|c| c.1).sum();
-    let q = rng.vector(rows * heads * hd, 1.0, dtype);
-    let k = Kernels::new(dtype, hd as u32, group as u32, 3, 227 * 1024).unwrap();
-    let (mut tiles, mut tables, mut expected) = (vec![], vec![], vec![]);
+    let lengths: Vec<usize> = p.chunks.iter().map(|c| c.0).collect();
+    let mut cache = Cache::new(&mut rng, p.dtype, hd, p.kv_heads, &lengths);
+    if p.shared > 0 {
+        let pages = cache.tables[0][..p.shared].to_vec();
+        cache.tables[1][..p.shared].copy_from_slice(&pages);
+    }
+    // A query for every token of the cache, the step's picked from them.
+    let queries: Vec<Vec<f64>> = lengths.iter().map(|l| rng.vector(l * heads * hd, 1.0, p.dtype)).collect();
+    let mut k = Kernels::new(p.dtype, hd as u32, group as u32, 3, 227 * 1024).unwrap();
+    if !p.cut.is_empty() {
+        k = k.with_prefill_cut(p.cut).unwrap();
+    }
+    let (mut q, mut tiles, mut tables, mut expected) = (vec![], vec![], vec![], vec![]);
     let mut row = 0;
     for (b, &(context, n)) in chunks.iter().enumerate() {
-        let mut at = 0;
-        while at < n {
+        for at in (0..n).step_by(k.tile_tokens() as usize) {
             let tokens = (n - at).min(k.tile_tokens() as usize);
             tiles.extend([row + at, tokens, context - n + at, context, tables.len()].map(|v| v as u32));
-            at += tokens;
         }
-        for i in 0..n {
-            let position = context - n + i;
-            let from = (position + 1).saturating_sub(window);
+        for position in context - n..context {
+            let from = (position + 1).saturating_sub(p.window);
             for head in 0..heads {
-                let at = ((row + i) * heads + head) * hd;
-                expected.extend(cache.attend(b, head / group, &q[at..at + hd], from, position + 1));
+                let at = (position * heads + head) * hd;
+                expected.extend(cache.attend(b, head / group, &queries[b][at..at + hd], from, position + 1));
             }
         }
+        q.extend(&queries[b][(context - n) * heads * hd..context * heads * hd]);
         tables.extend(&cache.tables[b]);
         row += n;
     }
+    // What no query of a sequence may see is another's or nobody's by now: tokens before the window and
+    // after the chunk.
+    for (b, &(context, n)) in chunks.iter().enumerate().filter(|_| p.shared == 0) {
+        let oldest = (context - n + 1).saturating_sub(p.window);
+        for token in (0..oldest).chain(context..lengths[b]) {
+            for head in 0..p.kv_heads {
+                for kv in 0..2 {
+                    let at = cache.at(cache.tables[b][token / 16], head, kv, token % 16);
+                    cache.pool[at..at + hd].fill(f64::NAN);
+                }
+            }
+        }
+    }
     let out = bench.room(2 * expected.len());
     let params = PrefillParams {
-        q: bench.half(&q, dtype),
-        kv: bench.half(&cache.pool, dtype),
+        q: bench.half(&q, p.dtype),
+        kv: bench.half(&cache.pool, p.dtype),
         pages: bench.words(&tables),
         tiles: bench.words(&tiles),
         out,
         heads: heads as u32,
-        kv_heads: kv_heads as u32,
-        window: if window == usize::MAX { NONE } else { window as u32 },
+        kv_heads: p.kv_heads as u32,
+        window: if p.window == usize::MAX { NONE } else { p.window as u32 },
         scale: LOG2_E / (hd as f32).sqrt(),
     };
-    bench.start(&k.prefill(tiles.len() as u32 / 5, kv_heads as u32).unwrap(), &params);
-    let limit = if dtype == DType::BF16 { 4e-3 } else { 1e-3 };
+    bench.start(&k.prefill(tiles.len() as u32 / 5, p.kv_heads as u32), &params);
+    let limit = if p.dtype == DType::BF16 { 4e-3 } else { 1e-3 };
     close(
-        &bench.read_half(out, expected.len(), dtype),
+        &bench.read_half(out, expected.len(), p.dtype),
         &expected,
         limit,
-        &format!("prefill hd {hd} group {group}"),
+        &format!("prefill hd {hd} group {group} window {} {chunks:?}", p.window),
     );
     bench.bytes(out, 2 * expected.len())
 }

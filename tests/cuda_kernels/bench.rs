@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use crate::gpu;
-use crate::host_device::Host;
+use crate::host_device::{Host, Late};
 use half::{bf16, f16};
 use polar_sparsity::backend::cuda::device::{self, Device};
 use polar_sparsity::backend::cuda::launch::Launch;
@@ -61,17 +61,20 @@ pub fn bytes16(v: &[f64], dtype: DType) -> Vec<u8> {
 /// A device whose memory lives as long as the case.
 pub struct Bench {
     pub device: Box<dyn Device>,
+    /// See [`Host::late`]; means nothing on a GPU.
+    pub late: Late,
 }
 
 impl Bench {
     pub fn new(seed: u32) -> Bench {
         #[cfg(feature = "cuda")]
         if let Some(device) = gpu::chosen() {
-            return Bench { device };
+            return Bench { device, late: Late::default() };
         }
         let device = Host::new();
         device.seed.store(seed, Ordering::Relaxed);
-        Bench { device: Box::new(device) }
+        let late = Late::clone(&device.late);
+        Bench { device: Box::new(device), late }
     }
     /// Memory full of NaN.
     pub fn room(&self, bytes: usize) -> Ptr {

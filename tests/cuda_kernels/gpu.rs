@@ -7,6 +7,7 @@ use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::Launch;
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
+use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 struct Shared(&'static Driver);
@@ -42,14 +43,50 @@ impl Device for Shared {
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()> {
         self.0.copy_out(to, from)
     }
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.0.alloc_host(bytes)
+    }
+    fn free_host(&self, at: NonNull<u8>) {
+        self.0.free_host(at);
+    }
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()> {
+        self.0.send(to, from)
+    }
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()> {
+        self.0.fetch(to, from)
+    }
+    fn mark(&self, old: u64) -> Result<u64> {
+        self.0.mark(old)
+    }
+    fn reached(&self, mark: u64) -> Result<()> {
+        self.0.reached(mark)
+    }
+    fn unmark(&self, mark: u64) {
+        self.0.unmark(mark);
+    }
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()> {
         self.0.zero(at, bytes)
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.0.start(launch, params)
     }
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
-        self.0.product(params, transposed, dtype)
+    fn fork(&self) -> Result<()> {
+        self.0.fork()
+    }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.0.start_beside(launch, params)
+    }
+    fn join(&self) -> Result<()> {
+        self.0.join()
+    }
+    fn product(
+        &self,
+        params: &LinearParams,
+        transposed: bool,
+        dtype: DType,
+        own: Option<&Launch>,
+    ) -> Result<bool> {
+        self.0.product(params, transposed, dtype, own)
     }
     fn synchronize(&self) -> Result<()> {
         self.0.synchronize()
@@ -62,6 +99,9 @@ impl Device for Shared {
     }
     fn recorded(&self) -> Result<u64> {
         self.0.recorded()
+    }
+    fn unrecord(&self) {
+        self.0.unrecord();
     }
     fn replay(&self, program: u64) -> Result<()> {
         self.0.replay(program)

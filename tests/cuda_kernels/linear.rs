@@ -1,8 +1,8 @@
 //! The products against sums in f64: row counts around every tile edge, lists of rows, ragged edges.
 
-use crate::bench::{Bench, Rng, close};
+use crate::bench::{Bench, Rng, close, rounded};
 use crate::orders;
-use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::launch::{DownCut, Kernels};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -14,6 +14,7 @@ enum Layout {
     Columns,
 }
 
+#[derive(Clone, Copy)]
 struct Case {
     dtype: DType,
     layout: Layout,
@@ -25,6 +26,11 @@ struct Case {
 }
 
 fn product(bench: &Bench, c: &Case) -> Vec<u8> {
+    product_by(bench, c, false)
+}
+
+/// `up`: by the selective MLP's first product.
+fn product_by(bench: &Bench, c: &Case, up: bool) -> Vec<u8> {
     let mut rng = Rng((c.rows * 7 + c.n * 3 + c.k) as u64);
     let x = rng.vector(c.rows * c.k, 1.0, c.dtype);
     let picked = if c.layout == Layout::Rows { c.n } else { c.k };
@@ -46,8 +52,11 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
     }
     let k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
     let (rows, n, kk) = (c.rows as u32, c.n as u32, c.k as u32);
-    let (launch, splits) =
-        if c.layout == Layout::Rows { k.linear(rows, n, kk) } else { k.linear_transposed(rows, n, kk) };
+    let (launch, splits) = match (c.layout, up) {
+        (Layout::Rows, false) => k.linear(rows, n, kk),
+        (Layout::Rows, true) => k.linear_up(rows, n, kk),
+        (Layout::Columns, _) => k.linear_transposed(rows, n, kk),
+    };
     let count = splits as usize * c.rows * c.n;
     let out = bench.room(4 * count);
     bench.start(
@@ -64,6 +73,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
             n,
             k: kk,
             splits,
+            ..Default::default()
         },
     );
     let parts = bench.read_floats(out, count);
@@ -105,7 +115,176 @@ fn skinny_products_at_every_tile_edge() {
 fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
         orders(|b| {
-            product(b, &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) })
+            let c = Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) };
+            assert!(product_by(b, &c, false).len() == 4 * rows * n);
+            product_by(b, &Case { k: 648, ..c }, true)
+        });
+    }
+}
+
+/// The down product that makes its input: parts of the up product, biases, columns past the kept ones.
+fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, cut: DownCut) -> Vec<u8> {
+    let (dtype, stored) = (DType::BF16, kept + 40);
+    let mut rng = Rng((rows * 5 + d + kept) as u64);
+    let k = kept.next_multiple_of(8);
+    let mut list = rng.shuffled(stored)[..kept].to_vec();
+    list.sort_unstable();
+    list[0] = 0;
+    list[kept - 1] = stored - 1;
+    let (mut w, mut bias) = (vec![f64::NAN; stored * d], vec![f64::NAN; stored]);
+    for &neuron in &list {
+        w[neuron * d..(neuron + 1) * d].copy_from_slice(&rng.vector(d, 0.1, dtype));
+        bias[neuron] = rng.vector(1, 1.0, dtype)[0];
+    }
+    let mut parts = rng.vector(splits * rows * k, 1.0, DType::F32);
+    for row in parts.chunks_mut(k) {
+        row[kept..].fill(f64::NAN); // products of rows that only fill up the list
+    }
+    let y = |r: usize, j: usize| {
+        let sum: f64 = (0..splits).map(|s| parts[(s * rows + r) * k + j]).sum();
+        rounded((sum + bias[list[j]]).max(0.0), dtype)
+    };
+    let mut index: Vec<u32> = list.iter().map(|&i| i as u32).collect();
+    index.resize(k, 0);
+    let mut kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
+    kernels.tuning.down = cut;
+    let (launch, cut) = kernels.mlp_down(d as u32, k as u32);
+    let count = cut as usize * rows * d;
+    let out = bench.room(4 * count);
+    bench.start(
+        &launch,
+        &DownParams {
+            up: Partial { data: bench.floats(&parts), splits: splits as u32, columns: k as u32 },
+            up_bias: bench.half(&bias, dtype),
+            w: bench.half(&w, dtype),
+            index: bench.words(&index),
+            out,
+            rows: rows as u32,
+            n: d as u32,
+            k: k as u32,
+            valid: kept as u32,
+            splits: cut,
+        },
+    );
+    let sums = bench.read_floats(out, count);
+    let (mut got, mut expected) = (vec![0.0; rows * d], vec![0.0; rows * d]);
+    for (i, v) in sums.iter().enumerate() {
+        got[i % (rows * d)] += v;
+    }
+    for r in 0..rows {
+        for j in 0..kept {
+            let v = y(r, j);
+            for i in 0..d {
+                expected[r * d + i] += v * w[list[j] * d + i];
+            }
+        }
+    }
+    // An activation may round the other way: its parts are summed in another order here.
+    close(&got, &expected, 2e-4, &format!("down product of {rows} x {kept} of {stored}, {splits} parts"));
+    bench.bytes(out, 4 * count)
+}
+
+#[test]
+fn down_products_that_make_their_input() {
+    for rows in [1, 2, 7, 8, 9, 16] {
+        made_down(
+            &Bench::new(2),
+            rows,
+            72,
+            131,
+            3,
+            [DownCut::Wide, DownCut::Deep, DownCut::Narrow][rows % 3],
+        );
+    }
+    for (kept, splits, cut) in [
+        (1, 1, DownCut::Narrow),
+        (16, 2, DownCut::Deep),
+        (127, 16, DownCut::Wide),
+        (1100, 5, DownCut::Narrow),
+        (2203, 4, DownCut::Wide),
+    ] {
+        orders(|b| made_down(b, 3, 264, kept, splits, cut));
+    }
+}
+
+/// The MLP router's second product as scores, padding rows and other groups apart.
+fn router_scores(bench: &Bench, rows: usize, n: usize, rank: usize, first_group: u32) -> Vec<u8> {
+    let dtype = DType::BF16;
+    let mut rng = Rng((rows + n + rank) as u64);
+    let mut next = 0;
+    let group: Vec<u32> = (0..rows)
+        .map(|r| match r % 5 {
+            3 => NONE,
+            0 | 2 if first_group == 0 => 0,
+            _ => {
+                next += 1;
+                next
+            }
+        })
+        .collect();
+    let (mut z, w) = (rng.vector(rows * rank, 1.0, dtype), rng.vector(n * rank, 0.1, dtype));
+    for r in (0..rows).filter(|&r| group[r] == NONE) {
+        z[r * rank..(r + 1) * rank].fill(f64::NAN);
+    }
+    let groups = (next + 1 - first_group) as usize;
+    let scores = bench.room(4 * groups * n);
+    let kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
+    bench.start(
+        &kernels.router_scores(rows as u32, n as u32),
+        &RouterParams {
+            z: bench.half(&z, dtype),
+            w: bench.half(&w, dtype),
+            scores,
+            group: bench.words(&group),
+            rows: rows as u32,
+            n: n as u32,
+            rank: rank as u32,
+            first_group,
+        },
+    );
+    let mut expected = vec![0.0; groups * n];
+    for r in (0..rows).filter(|&r| group[r] != NONE) {
+        for j in 0..n {
+            let logit: f64 = (0..rank).map(|i| z[r * rank + i] * w[j * rank + i]).sum();
+            expected[(group[r] - first_group) as usize * n + j] += logit.max(0.0);
+        }
+    }
+    let got = bench.read_floats(scores, groups * n);
+    close(&got, &expected, 2e-6, &format!("router scores of {rows} rows, {n} x {rank}"));
+    bench.bytes(scores, 4 * groups * n)
+}
+
+#[test]
+fn router_products_leave_scores() {
+    for rows in [1, 2, 7, 8, 9, 16, 17, 33, 64] {
+        router_scores(&Bench::new(6), rows, 130, 72, (rows == 2 || rows == 9).into());
+    }
+    orders(|b| router_scores(b, 6, 200, 264, 0));
+}
+
+#[test]
+fn skinny_products_of_two_matrices_are_those_of_one() {
+    const T: DType = DType::BF16;
+    let k = Kernels::new(T, 64, 1, 5, 227 * 1024).unwrap();
+    for (rows, n, first) in [(1u32, 72u32, 64u32), (9, 70, 65), (33, 200, 1), (3, 12, 8), (64, 136, 135)] {
+        orders(|bench| {
+            let (mut rng, kk) = (Rng(u64::from(n)), 264u32);
+            let x = bench.half(&rng.vector((rows * kk) as usize, 1.0, T), T);
+            let w = rng.vector((n * kk) as usize, 0.1, T);
+            let (launch, splits) = k.linear(rows, n, kk);
+            let bytes = (4 * splits * rows * n) as usize;
+            let run = |w: &[f64], more: &[f64]| {
+                let out = bench.room(bytes);
+                let more = if more.is_empty() { Ptr::NULL } else { bench.half(more, T) };
+                let w = bench.half(w, T);
+                let params =
+                    LinearParams { x, w, out, rows, n, k: kk, splits, more, first, ..Default::default() };
+                bench.start(&launch, &params);
+                bench.bytes(out, bytes)
+            };
+            let (one, (low, high)) = (run(&w, &[]), w.split_at((first * kk) as usize));
+            assert!(one == run(low, high), "{rows} rows, {first} of {n}");
+            one
         });
     }
 }
@@ -115,6 +294,11 @@ fn down_products_dense_and_of_listed_rows() {
     for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
         let c = Case { dtype: DType::BF16, layout: Layout::Columns, rows, n: 72, k: 136, stored: Some(200) };
         product(&Bench::new(0), &c);
+    }
+    // More than one chunk of columns a block.
+    for (rows, k) in [(3, 4808), (40, 2600)] {
+        let c = Case { dtype: DType::BF16, layout: Layout::Columns, rows, n: 1288, k, stored: Some(k + 9) };
+        product(&Bench::new(5), &c);
     }
     for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
         orders(|b| {

@@ -11,6 +11,7 @@ mod gpu;
 mod host_device;
 mod linear;
 mod rows;
+mod sampling;
 mod selection;
 
 use bench::Bench;

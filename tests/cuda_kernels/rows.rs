@@ -2,6 +2,7 @@
 
 use crate::bench::{Bench, Rng, close};
 use crate::orders;
+use crate::selection::{HEAD_ROWS, Heads};
 use polar_sparsity::backend::cuda::launch::Kernels;
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
@@ -189,7 +190,7 @@ fn qkv(
     let kv = bench.room(2 * pool.len());
     let or_null = |on: bool, v: &[f64]| if on { bench.half(v, T) } else { Ptr::NULL };
     bench.start(
-        &kernels(hd as u32, group as u32).qkv(rows as u32, (heads + 2 * kv_heads) as u32),
+        &kernels(hd as u32, group as u32).qkv(rows as u32, (heads + 2 * kv_heads) as u32, 0),
         &QkvParams {
             qkv: parts(bench, &mut rng, &qkv, 2, columns),
             bias: or_null(biased, &bias),
@@ -206,6 +207,7 @@ fn qkv(
             head_dim: hd as u32,
             norm_dim: hd as u32,
             epsilon: eps as f32,
+            ..Default::default()
         },
     );
     close(&bench.read_half(out, q.len(), T), &q, ROUNDING, "q");
@@ -218,6 +220,50 @@ fn qkv(
     let pick = |v: &[f64]| written.iter().map(|&i| v[i]).collect::<Vec<_>>();
     close(&pick(&got), &pick(&pool), ROUNDING, "k and v");
     bench.bytes(kv, 2 * pool.len())
+}
+
+/// The router's columns behind those of q, k and v, as one product leaves them.
+#[test]
+fn qkv_selects_heads_beside_its_work() {
+    for (kv_heads, group, per_unit) in [(4usize, 2usize, 1usize), (8, 4, 4), (3, 1, 1), (2, 7, 7)] {
+        orders(|bench| {
+            let (hd, rows) = (64, HEAD_ROWS as u32);
+            let heads = kv_heads * group;
+            let first = (heads + 2 * kv_heads) * hd;
+            let router = kv_heads * per_unit;
+            let stride = first + router.next_multiple_of(4);
+            let case = Heads::new(bench, kv_heads, per_unit, group * hd, (first, stride));
+            let slots: Vec<u32> = (0..rows).map(|r| 16 * r + r).collect();
+            let (slots, bytes) = (bench.words(&slots), 2 * HEAD_ROWS * heads * hd);
+            let sums =
+                Partial { data: Ptr(case.params.logits.data.0 - 4 * first as u64), ..case.params.logits };
+            let run = |select: SelectParams| {
+                let (q, kv) = (bench.room(bytes), bench.room(2 * HEAD_ROWS * kv_heads * 32 * hd));
+                let params = QkvParams {
+                    qkv: sums,
+                    positions: slots,
+                    kv_slot: slots,
+                    q,
+                    kv,
+                    rows,
+                    heads: heads as u32,
+                    kv_heads: kv_heads as u32,
+                    head_dim: hd as u32,
+                    norm_dim: hd as u32,
+                    select,
+                    ..Default::default()
+                };
+                let router = select.units * select.per_unit;
+                let all = (heads + 2 * kv_heads) as u32;
+                bench.start(&kernels(hd as u32, group as u32).qkv(rows, all, router), &params);
+                [bench.bytes(q, bytes), bench.bytes(kv, 2 * HEAD_ROWS * kv_heads * 32 * hd)].concat()
+            };
+            let (with, without) = (run(case.params), run(SelectParams::default()));
+            assert!(with == without, "q, k and v depend on the selection");
+            assert!(without[..bytes].iter().any(|&v| v != 0xff));
+            case.check(bench)
+        });
+    }
 }
 
 #[test]

@@ -18,6 +18,9 @@ pub struct Seq {
     pub done: usize,
     pub pages: Vec<u32>,
     pub setting: SeqSetting,
+    pub params: Params,
+    /// Leading tokens that count as prompt when sampling.
+    pub prompt: usize,
 }
 
 pub struct Rig<B: Backend = Cpu> {
@@ -35,14 +38,18 @@ pub struct Rig<B: Backend = Cpu> {
 
 pub const DENSE: SeqSetting = SeqSetting { attn_density: Some(1.0), mlp: MlpMode::Dense };
 
-struct Nothing(Params);
+struct Histories<'a>(&'a [Seq]);
 
-impl History for Nothing {
-    fn tokens(&self, _: u32) -> (&[u32], usize) {
-        (&[], 0)
+impl History for Histories<'_> {
+    fn id(&self, slot: u32) -> u64 {
+        u64::from(slot) + 1
     }
-    fn params(&self, _: u32) -> &Params {
-        &self.0
+    fn tokens(&self, slot: u32) -> (&[u32], usize) {
+        let seq = &self.0[slot as usize];
+        (&seq.tokens[..seq.done], seq.prompt)
+    }
+    fn params(&self, slot: u32) -> &Params {
+        &self.0[slot as usize].params
     }
 }
 
@@ -103,7 +110,14 @@ impl<B: Backend> Rig<B> {
     }
 
     pub fn add(&mut self, tokens: &[u32], setting: SeqSetting) -> usize {
-        self.seqs.push(Seq { tokens: tokens.to_vec(), done: 0, pages: Vec::new(), setting });
+        self.seqs.push(Seq {
+            tokens: tokens.to_vec(),
+            done: 0,
+            pages: Vec::new(),
+            setting,
+            params: Params::GREEDY,
+            prompt: tokens.len(),
+        });
         self.seqs.len() - 1
     }
 
@@ -135,7 +149,7 @@ impl<B: Backend> Rig<B> {
             step.tokens.extend_from_slice(&seq.tokens[seq.done..context]);
             step.positions.extend(seq.done as u32..context as u32);
             step.seqs.push(SeqStep {
-                slot: i as u32,
+                slot: id as u32,
                 first_row,
                 n_rows: n as u32,
                 context: context as u32,
@@ -169,7 +183,7 @@ impl<B: Backend> Rig<B> {
             kv: &mut self.kv,
             scratch: &mut self.scratch,
         };
-        enqueue(&mut run, &self.step, &Nothing(Params::GREEDY), &mut self.report)?;
+        enqueue(&mut run, &self.step, &Histories(&self.seqs), &mut self.report)?;
         let done = self.backend.poll(&mut self.scratch, &self.step, &mut self.report, u64::MAX)?;
         assert!(done);
         Ok(())

@@ -1,23 +1,31 @@
 //! A device that runs the kernels on the CPU: `cuda/host` compiled with g++, loaded once.
-//! Memory is host memory, filled with NaN bytes and surrounded by them.
+//! Memory is host memory, filled with NaN bytes and surrounded by them. Copies from and to `alloc_host`
+//! memory are made as late as a GPU might make them: before the next launch, or when waited for.
 
-use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::{Launch, NAMES};
+use polar_sparsity::backend::cuda::device::{self, Device};
+use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
-use polar_sparsity::{Error, Result};
+use polar_sparsity::{Error, Result, Status};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+#[allow(clippy::duplicate_mod, reason = "some test programs have it once more, in support")]
+#[path = "root.rs"]
+mod root;
+pub use root::root;
 
 type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
+type LateFn = unsafe extern "C" fn(*const c_void, u64);
 type SizesFn = unsafe extern "C" fn(*mut u32) -> c_int;
 
 struct Library {
     launch: LaunchFn,
+    late: LateFn,
     sizes: SizesFn,
 }
 
@@ -27,9 +35,8 @@ static RUNNING: Mutex<()> = Mutex::new(());
 fn library() -> &'static Library {
     static LIBRARY: OnceLock<Library> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/host");
-        let out =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels_host_{}.so", std::process::id()));
+        let root = root().join("cuda/host");
+        let out = std::env::temp_dir().join(format!("kernels_host_{}.so", std::process::id()));
         let done = Command::new("g++")
             .args(["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-o"])
             .arg(&out)
@@ -38,7 +45,7 @@ fn library() -> &'static Library {
             .expect("g++ is needed to run the kernels on the CPU");
         assert!(done.success(), "g++ could not compile cuda/host");
         let path = CString::new(out.to_str().unwrap()).unwrap();
-        // SAFETY: a library just built from this repository; its two functions have these types.
+        // SAFETY: a library just built from this repository; its functions have these types.
         let library = unsafe {
             let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
             assert!(!handle.is_null(), "cannot load {}", out.display());
@@ -49,6 +56,7 @@ fn library() -> &'static Library {
             };
             Library {
                 launch: std::mem::transmute::<*mut c_void, LaunchFn>(symbol(c"polar_host_launch")),
+                late: std::mem::transmute::<*mut c_void, LateFn>(symbol(c"polar_host_late")),
                 sizes: std::mem::transmute::<*mut c_void, SizesFn>(symbol(c"polar_host_sizes")),
             }
         };
@@ -70,15 +78,58 @@ const GUARD: usize = 4096;
 /// A launch and its parameters.
 type Recorded = (Launch, Vec<u8>);
 
+/// What a device is told to do.
+#[derive(Clone)]
+enum Entry {
+    Main(Recorded),
+    Beside(Recorded),
+    Fork,
+    Join,
+}
+
+/// Side work that may run, and the order in which it does: with seed 0 when the main stream waits for it,
+/// else whenever a coin says so.
+#[derive(Default)]
+struct Side {
+    forked: bool,
+    waiting: std::collections::VecDeque<Recorded>,
+    coin: u32,
+}
+
+impl Side {
+    fn heads(&mut self) -> bool {
+        self.coin = self.coin.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.coin >> 31 == 1
+    }
+}
+
 /// The device.
 pub struct Host {
     memory: Mutex<HashMap<u64, Vec<u8>>>,
-    recording: Mutex<Option<Vec<Recorded>>>,
-    programs: Mutex<HashMap<u64, Vec<Recorded>>>,
+    recording: Mutex<Option<Vec<Entry>>>,
+    programs: Mutex<HashMap<u64, Vec<Entry>>>,
+    side: Mutex<Side>,
+    host_memory: Mutex<HashMap<usize, Vec<u64>>>,
+    /// Copies under way: to, from, bytes.
+    copies: Mutex<Vec<(usize, usize, usize)>>,
+    /// Launches that were not recorded, recordings begun, programs run.
+    pub launches: AtomicU32,
+    pub recordings: AtomicU32,
+    pub replays: AtomicU32,
+    /// Launches and replays until one fails; below zero: never.
+    pub fail_in: AtomicI64,
+    /// Launches do nothing: for what surrounds them.
+    pub idle: AtomicBool,
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
+    /// Memory that the kernels before each launch are still writing: address and bytes.
+    pub late: Late,
+    /// Whether `product` does what a vendor's library would.
+    pub library: bool,
 }
+
+pub type Late = Arc<Mutex<Vec<(Ptr, u64)>>>;
 
 impl Host {
     pub fn new() -> Host {
@@ -86,9 +137,96 @@ impl Host {
             memory: Mutex::default(),
             recording: Mutex::default(),
             programs: Mutex::default(),
+            host_memory: Mutex::default(),
+            copies: Mutex::default(),
+            launches: AtomicU32::new(0),
+            recordings: AtomicU32::new(0),
+            replays: AtomicU32::new(0),
+            fail_in: AtomicI64::new(-1),
+            idle: AtomicBool::new(false),
+            side: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
+            late: Late::default(),
+            library: false,
         }
+    }
+
+    /// Whether a recording is open.
+    pub fn is_recording(&self) -> bool {
+        self.recording.lock().unwrap().is_some()
+    }
+
+    /// Programs kept.
+    pub fn programs(&self) -> usize {
+        self.programs.lock().unwrap().len()
+    }
+
+    fn finish_copies(&self) {
+        for (to, from, bytes) in self.copies.lock().unwrap().drain(..) {
+            // SAFETY: both ends live, by the trait's contract.
+            unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        }
+    }
+
+    fn fails(&self) -> Result<()> {
+        if self.fail_in.load(Ordering::Relaxed) >= 0 && self.fail_in.fetch_sub(1, Ordering::Relaxed) == 0 {
+            return Err(Error::new(polar_sparsity::Status::E_DEVICE, "a launch that was to fail"));
+        }
+        Ok(())
+    }
+
+    fn fits(&self, launch: &Launch) -> Result<()> {
+        if launch.shared > self.shared_per_block() {
+            return Err(Error::new(Status::E_DEVICE, format!("{} bytes of shared memory", launch.shared)));
+        }
+        self.fails()
+    }
+
+    /// Notes what is to be done, or does it.
+    fn take(&self, entry: Entry) -> Result<()> {
+        if self.idle.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        if let Some(list) = self.recording.lock().unwrap().as_mut() {
+            list.push(entry);
+            return Ok(());
+        }
+        if let Entry::Main(_) | Entry::Beside(_) = entry {
+            self.finish_copies();
+            self.launches.fetch_add(1, Ordering::Relaxed);
+        }
+        self.act(&entry)
+    }
+
+    fn act(&self, entry: &Entry) -> Result<()> {
+        let seed = self.seed.load(Ordering::Relaxed);
+        let mut side = self.side.lock().unwrap();
+        match entry {
+            Entry::Fork => {
+                assert!(!side.forked, "a fork in a fork");
+                side.forked = true;
+                side.coin ^= seed;
+            }
+            Entry::Beside(work) => {
+                assert!(side.forked, "side work without a fork");
+                side.waiting.push_back(work.clone());
+            }
+            Entry::Join => {
+                while let Some((launch, params)) = side.waiting.pop_front() {
+                    self.run(&launch, &params)?;
+                }
+                side.forked = false;
+            }
+            Entry::Main((launch, params)) => {
+                while seed != 0 && !side.waiting.is_empty() && side.heads() {
+                    let (launch, params) = side.waiting.pop_front().unwrap();
+                    self.run(&launch, &params)?;
+                }
+                self.run(launch, params)?;
+            }
+        }
+        Ok(())
     }
 
     fn run(&self, launch: &Launch, params: &[u8]) -> Result<()> {
@@ -105,7 +243,10 @@ impl Host {
         // SAFETY: the parameters point into memory of this device, as the kernel expects; a kernel
         // that reads outside it is what the tests look for.
         let status = unsafe {
-            (library().launch)(
+            for (at, bytes) in &*self.late.lock().unwrap() {
+                (library().late)(at.0 as *const c_void, *bytes);
+            }
+            let status = (library().launch)(
                 name.as_ptr(),
                 launch.grid.0,
                 launch.grid.1,
@@ -113,11 +254,16 @@ impl Host {
                 launch.shared,
                 self.seed.load(Ordering::Relaxed),
                 aligned.as_ptr().cast(),
-            )
+            );
+            (library().late)(std::ptr::null(), 0);
+            status
         };
         match status {
             0 => Ok(()),
             1 => Err(Error::unsupported(format!("no kernel {name:?}"))),
+            3 => {
+                Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
+            }
             _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
         }
     }
@@ -145,51 +291,132 @@ impl Device for Host {
     fn free(&self, at: Ptr) {
         assert!(self.memory.lock().unwrap().remove(&at.0).is_some(), "freed twice");
     }
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        let mut memory = vec![u64::MAX; bytes.div_ceil(16) * 2];
+        let at = NonNull::new(memory.as_mut_ptr().cast::<u8>()).unwrap();
+        self.host_memory.lock().unwrap().insert(at.as_ptr() as usize, memory);
+        Ok(at)
+    }
+    fn free_host(&self, at: NonNull<u8>) {
+        self.finish_copies();
+        assert!(self.host_memory.lock().unwrap().remove(&(at.as_ptr() as usize)).is_some(), "freed twice");
+    }
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()> {
+        self.copies.lock().unwrap().push((to.0 as usize, from.as_ptr() as usize, from.len()));
+        Ok(())
+    }
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()> {
+        self.copies.lock().unwrap().push((to.as_mut_ptr() as usize, from.0 as usize, to.len()));
+        Ok(())
+    }
+    fn mark(&self, old: u64) -> Result<u64> {
+        Ok(old.max(1))
+    }
+    fn reached(&self, _: u64) -> Result<()> {
+        self.finish_copies();
+        Ok(())
+    }
+    fn unmark(&self, _: u64) {}
     fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()> {
+        self.finish_copies();
         // SAFETY: `to` lies in memory this device gave, long enough by the caller's contract.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.0 as *mut u8, from.len()) };
         Ok(())
     }
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()> {
+        self.finish_copies();
         // SAFETY: as in `copy_in`.
         unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()> {
+        self.finish_copies();
         // SAFETY: as in `copy_in`.
         unsafe { std::ptr::write_bytes(at.0 as *mut u8, 0, bytes as usize) };
         Ok(())
     }
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        if let Some(list) = self.recording.lock().unwrap().as_mut() {
-            list.push((*launch, params.to_vec()));
+        self.fits(launch)?;
+        if self.idle.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.run(launch, params)
+        self.take(Entry::Main((*launch, params.to_vec())))
     }
-    fn product(&self, _: &LinearParams, _: bool, _: DType) -> Result<bool> {
-        Ok(false)
+    fn fork(&self) -> Result<()> {
+        self.take(Entry::Fork)
+    }
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.fits(launch)?;
+        if self.idle.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.take(Entry::Beside((*launch, params.to_vec())))
+    }
+    fn join(&self) -> Result<()> {
+        self.take(Entry::Join)
+    }
+    fn product(&self, p: &LinearParams, transposed: bool, dtype: DType, _: Option<&Launch>) -> Result<bool> {
+        if !self.library {
+            return Ok(false);
+        }
+        let (layout, t) =
+            (if transposed { "nn" } else { "nt" }, if dtype == DType::F16 { "f16" } else { "bf16" });
+        let name = format!("linear_tile_{layout}_{t}");
+        let kernel = find(&name).expect("a kernel");
+        let grid = (p.rows.div_ceil(128), p.n.div_ceil(128));
+        let launch = Launch { kernel, grid, threads: 256, shared: 3 * (128 + 128) * 64 * 2 };
+        device::start(self, &launch, &LinearParams { splits: 1, ..*p })?;
+        Ok(true)
     }
     fn synchronize(&self) -> Result<()> {
+        self.finish_copies();
         Ok(())
     }
     fn finished(&self, _: u64) -> Result<bool> {
+        self.finish_copies();
         Ok(true)
     }
     fn record(&self) -> Result<bool> {
-        *self.recording.lock().unwrap() = Some(Vec::new());
+        self.recordings.fetch_add(1, Ordering::Relaxed);
+        let before = self.recording.lock().unwrap().replace(Vec::new());
+        assert!(before.is_none(), "a recording within a recording");
         Ok(true)
     }
     fn recorded(&self) -> Result<u64> {
+        self.join()?;
         let list = self.recording.lock().unwrap().take().unwrap_or_default();
-        let mut programs = self.programs.lock().unwrap();
-        let id = programs.len() as u64 + 1;
-        programs.insert(id, list);
+        let id = u64::from(self.recordings.load(Ordering::Relaxed));
+        self.programs.lock().unwrap().insert(id, list);
         Ok(id)
     }
+    fn unrecord(&self) {
+        *self.recording.lock().unwrap() = None;
+    }
     fn replay(&self, program: u64) -> Result<()> {
-        let list = self.programs.lock().unwrap().get(&program).cloned().unwrap_or_default();
-        list.iter().try_for_each(|(launch, params)| self.run(launch, params))
+        self.fails()?;
+        self.finish_copies();
+        self.replays.fetch_add(1, Ordering::Relaxed);
+        let list = self.programs.lock().unwrap().get(&program).cloned();
+        let list = list.expect("a program that was recorded and not forgotten");
+        // Side work may start at the fork: move it there.
+        let mut order: Vec<Entry> = Vec::new();
+        let mut fork = None;
+        for entry in list {
+            match entry {
+                Entry::Fork => fork = Some(order.len() + 1),
+                Entry::Join => fork = None,
+                Entry::Beside(_) => {
+                    let at = fork.as_mut().expect("side work without a fork");
+                    order.insert(*at, entry);
+                    *at += 1;
+                    continue;
+                }
+                Entry::Main(_) => {}
+            }
+            order.push(entry);
+        }
+        assert!(fork.is_none(), "a program ends with side work open");
+        order.iter().try_for_each(|entry| self.act(entry))
     }
     fn forget(&self, program: u64) {
         self.programs.lock().unwrap().remove(&program);

@@ -10,11 +10,14 @@ use polar_sparsity::sample::Params;
 use polar_sparsity::sparsity::MlpMode;
 use polar_sparsity::{Result, Status};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+mod root;
+pub use root::root;
 
 /// `tests/data/golden/<case>`.
 pub fn golden_dir(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(case)
+    root().join("tests/data/golden").join(case)
 }
 
 /// A case's oracle answers, widened to f32; integers as they are in `ints`.

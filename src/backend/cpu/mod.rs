@@ -175,6 +175,7 @@ impl Backend for Cpu {
     fn project(
         &self,
         w: &CpuWeights,
+        _: Option<&CpuRouters>,
         kv: &mut CpuKv,
         s: &mut CpuScratch,
         step: &Step,

@@ -1,11 +1,14 @@
-//! What the stages need of a device: memory, copies and launches on one stream, in order.
+//! What the stages need of a device: memory, copies and launches on one stream, in order, with at most one
+//! chain of launches beside it.
 
 use super::launch::Launch;
 use super::params::{LinearParams, Params, Ptr};
 use crate::dtype::DType;
 use crate::error::Result;
+use std::ptr::NonNull;
 
-/// A device with one stream. Calls take effect in the order they are made.
+/// A device with one stream. Calls take effect in the order they are made, but for the side work between
+/// [`Device::fork`] and [`Device::join`].
 pub trait Device: Send + Sync + 'static {
     /// Model name, for reports.
     fn name(&self) -> String;
@@ -24,13 +27,43 @@ pub trait Device: Send + Sync + 'static {
     fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
     /// Device to host; waits.
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    /// Host memory that `send` and `fetch` may use while the host goes on, at least 16-byte aligned.
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
+    /// Gives it back, once no copy is under way. Only addresses `alloc_host` gave.
+    fn free_host(&self, at: NonNull<u8>);
+    /// Starts a copy to the device from memory `alloc_host` gave, which must stay and not change until
+    /// a mark set later is reached.
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    /// Starts a copy from the device to memory `alloc_host` gave, to be read once the device has finished.
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    /// Sets a mark behind everything started so far; `old`: a mark to use again, 0: a new one.
+    fn mark(&self, old: u64) -> Result<u64>;
+    /// Waits until everything before the mark is done.
+    fn reached(&self, mark: u64) -> Result<()>;
+    /// Drops a mark.
+    fn unmark(&self, mark: u64);
     /// Fills with zero bytes.
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     /// Starts a kernel. `params` are the bytes of its parameter struct.
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
-    /// Starts a product of many rows by a vendor's library, sums in one part; `transposed`: the matrix
-    /// is stored `[k, n]`. False: there is none, use a kernel.
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+    /// From here on side work may run, after everything started so far. While another thread has side work
+    /// on this device, this thread's runs in line instead.
+    fn fork(&self) -> Result<()>;
+    /// Starts a kernel of the side work: after the side's earlier ones, beside everything that `start` is
+    /// given between fork and join.
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    /// What is started from here on waits for the side work, and its first kernel for everything before it.
+    /// Without side work, nothing happens.
+    fn join(&self) -> Result<()>;
+    /// Starts a product by a vendor's library, sums in one part; `transposed`: the matrix is stored
+    /// `[k, n]`; `own`: our kernel for it, which may turn out faster. False: use that kernel.
+    fn product(
+        &self,
+        params: &LinearParams,
+        transposed: bool,
+        dtype: DType,
+        own: Option<&Launch>,
+    ) -> Result<bool>;
     /// Waits for everything started.
     fn synchronize(&self) -> Result<()>;
 
@@ -39,8 +72,11 @@ pub trait Device: Send + Sync + 'static {
 
     /// Starts recording launches instead of running them; false: cannot.
     fn record(&self) -> Result<bool>;
-    /// Ends recording; the recorded launches as a program of this device.
+    /// Ends recording, and a fork that is still open; the recorded launches as a program of this device,
+    /// ready to run.
     fn recorded(&self) -> Result<u64>;
+    /// Ends a recording, if one is open, with its fork, and drops it.
+    fn unrecord(&self);
     /// Runs a recorded program.
     fn replay(&self, program: u64) -> Result<()>;
     /// Drops a recorded program.
@@ -49,9 +85,17 @@ pub trait Device: Send + Sync + 'static {
 
 /// Starts a kernel with its parameters.
 pub fn start<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
+    device.start(launch, bytes_of(params))
+}
+
+/// Starts a kernel of the side work with its parameters.
+pub fn start_beside<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, params: &P) -> Result<()> {
+    device.start_beside(launch, bytes_of(params))
+}
+
+fn bytes_of<P: Params>(params: &P) -> &[u8] {
     // SAFETY: `Params` are plain repr(C) structs; their bytes are read only.
-    let bytes = unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) };
-    device.start(launch, bytes)
+    unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) }
 }
 
 /// Any device behind one type.
@@ -74,13 +118,24 @@ forward! {
     fn free(&self, at: Ptr);
     fn copy_in(&self, to: Ptr, from: &[u8]) -> Result<()>;
     fn copy_out(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>>;
+    fn free_host(&self, at: NonNull<u8>);
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()>;
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
+    fn mark(&self, old: u64) -> Result<u64>;
+    fn reached(&self, mark: u64) -> Result<()>;
+    fn unmark(&self, mark: u64);
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()>;
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()>;
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool>;
+    fn fork(&self) -> Result<()>;
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()>;
+    fn join(&self) -> Result<()>;
+    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType, own: Option<&Launch>) -> Result<bool>;
     fn synchronize(&self) -> Result<()>;
     fn finished(&self, timeout_ns: u64) -> Result<bool>;
     fn record(&self) -> Result<bool>;
     fn recorded(&self) -> Result<u64>;
+    fn unrecord(&self);
     fn replay(&self, program: u64) -> Result<()>;
     fn forget(&self, program: u64);
 }

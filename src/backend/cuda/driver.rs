@@ -1,34 +1,45 @@
-//! A GPU through NVIDIA's driver, loaded at run time: primary context, one stream, one module.
+//! A GPU through NVIDIA's driver, loaded at run time: primary context, one stream, one module, and a
+//! second stream that work is only ever recorded on, so that a recording takes nothing that another
+//! thread starts meanwhile.
 //!
 //! The primary context is pushed at each entry and popped on the way out, so a host's own current
 //! context is left as it was. The device is never reset.
 
 use super::device::Device;
+use super::image::{FATBIN, functions};
 use super::launch::{Launch, NAMES};
-use super::library::{Library, WORKSPACE};
+pub use super::library::Choice;
+use super::library::{Contest, Library, WORKSPACE, Work};
 use super::params::{LinearParams, Ptr};
+use super::probe::check;
+pub use super::probe::{Found, count, describe};
+use super::side::{Lane, Side};
+use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::ffi::{CString, c_int, c_void};
-use std::fmt::Display;
-use std::panic::catch_unwind;
-use std::ptr::null_mut;
+use std::ffi::{c_int, c_void};
+use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-#[cfg(polar_kernels)]
-static FATBIN: Option<&[u8]> = Some(include_bytes!(env!("POLAR_FATBIN")));
-#[cfg(not(polar_kernels))]
-static FATBIN: Option<&[u8]> = None;
+/// Most rows of a product whose kernel is chosen by time; more are bound by arithmetic, where the
+/// library's first proposal is good and a comparison would hold up a prompt.
+const TIMED_ROWS: u32 = 256;
 
-/// Oldest CUDA version a driver must speak: the one the kernels were compiled with.
-const CUDA_NEEDED: c_int = 13000;
+/// How long giving back waits for work under way, ns. Work that takes longer is taken for stuck: what it
+/// may use is leaked, since the driver would wait for it without end.
+const RELEASE_WAIT_NS: u64 = 10_000_000_000;
 
 /// A GPU.
 pub struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
+    recorder: sys::CUstream,
+    /// The thread that records, 0: none.
+    recording: AtomicUsize,
+    side: Side,
     module: sys::CUmodule,
     functions: Vec<sys::CUfunction>,
     name: String,
@@ -38,6 +49,16 @@ pub struct Driver {
     workspace: u64,
     /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
     starts_early: bool,
+    /// Products are chosen by time.
+    timed: bool,
+    /// Work did not end within [`RELEASE_WAIT_NS`].
+    stuck: AtomicBool,
+}
+
+/// Some number of this thread, not 0.
+pub(super) fn this_thread() -> usize {
+    thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| &raw const *here as usize)
 }
 
 // SAFETY: driver handles may be used from any thread; every call makes the context current itself.
@@ -46,119 +67,13 @@ unsafe impl Send for Driver {}
 unsafe impl Sync for Driver {}
 
 /// Makes a context current for a scope.
-struct Entered;
+pub(super) struct Entered;
 
 impl Drop for Entered {
     fn drop(&mut self) {
         let mut old = null_mut();
         // SAFETY: pops what `Driver::enter` pushed on this thread.
         let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut old) };
-    }
-}
-
-fn check(what: impl Display, result: CUresult) -> Result<()> {
-    if result == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let code = result as i32;
-    let status = match code {
-        2 => Status::E_DEVICE_NOMEM,
-        100 | 101 => Status::E_NO_DRIVER,
-        // Errors that stay until the process ends.
-        214 | 700 | 702 | 708..=720 | 999 => Status::E_DEVICE_LOST,
-        _ => Status::E_DEVICE,
-    };
-    let mut text: *const std::ffi::c_char = std::ptr::null();
-    // SAFETY: the driver writes a pointer to a static string, or null for an unknown code.
-    let name = unsafe {
-        let _ = sys::cuGetErrorName(result, &mut text);
-        if text.is_null() { "unknown".into() } else { std::ffi::CStr::from_ptr(text).to_string_lossy() }
-    };
-    let mut error = Error::new(status, format!("{what}: {name} ({code})"));
-    error.device_code = code;
-    Err(error)
-}
-
-/// Why no CUDA device can be used in this process, or how many there are.
-pub fn count() -> Result<u32> {
-    if FATBIN.is_none() {
-        return Err(Error::unsupported("CUDA: this build has no kernels"));
-    }
-    let probe = catch_unwind(|| {
-        // SAFETY: looks for the library; loads nothing that could fail later.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::new(
-                Status::E_NO_DRIVER,
-                "CUDA: no NVIDIA driver library (libcuda) was found",
-            ));
-        }
-        let (mut version, mut n) = (0, 0);
-        // SAFETY: plain queries into local variables.
-        unsafe {
-            check("CUDA: the driver does not start", sys::cuInit(0))?;
-            check("CUDA: driver version", sys::cuDriverGetVersion(&mut version))?;
-            check("CUDA: devices", sys::cuDeviceGetCount(&mut n))?;
-        }
-        if version < CUDA_NEEDED {
-            return Err(Error::new(
-                Status::E_NO_DRIVER,
-                format!(
-                    "CUDA: the driver speaks CUDA {}.{}, {}.{} is needed",
-                    version / 1000,
-                    version % 1000 / 10,
-                    CUDA_NEEDED / 1000,
-                    CUDA_NEEDED % 1000 / 10
-                ),
-            ));
-        }
-        Ok(n as u32)
-    });
-    probe
-        .unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
-}
-
-/// A device the driver lists.
-#[derive(Clone, Debug)]
-pub struct Found {
-    /// Model name.
-    pub name: String,
-    /// `10 * major + minor`.
-    pub compute_capability: u32,
-    /// Bytes of memory.
-    pub memory_total: u64,
-    /// Identifier, as `nvidia-smi -L` prints it.
-    pub uuid: String,
-}
-
-/// What the driver says of device `ordinal`, without opening it.
-pub fn describe(ordinal: u32) -> Result<Found> {
-    if ordinal >= count()? {
-        return Err(Error::invalid(format!("CUDA device {ordinal}: the driver lists fewer")));
-    }
-    use sys::CUdevice_attribute as A;
-    let (mut device, mut total, mut name) = (0, 0, [0 as std::ffi::c_char; 128]);
-    // SAFETY: `count` has initialised the driver; queries into local variables of the right sizes.
-    unsafe {
-        check("CUDA device", sys::cuDeviceGet(&mut device, ordinal as c_int))?;
-        check("CUDA device name", sys::cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
-        check("CUDA device memory", sys::cuDeviceTotalMem_v2(&mut total, device))?;
-        let mut uuid: sys::CUuuid = std::mem::zeroed();
-        check("CUDA device identifier", sys::cuDeviceGetUuid_v2(&mut uuid, device))?;
-        let attribute = |which| {
-            let mut value = 0;
-            check("CUDA device attribute", sys::cuDeviceGetAttribute(&mut value, which, device))
-                .map(|()| value)
-        };
-        let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let hex: String = uuid.bytes.iter().map(|b| format!("{:02x}", *b as u8)).collect();
-        let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
-        Ok(Found {
-            name: std::ffi::CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned(),
-            compute_capability: (10 * major + minor) as u32,
-            memory_total: total as u64,
-            uuid: format!("GPU-{}", parts.join("-")),
-        })
     }
 }
 
@@ -174,6 +89,9 @@ impl Driver {
             device: 0,
             context: null_mut(),
             stream: null_mut(),
+            recorder: null_mut(),
+            recording: AtomicUsize::new(0),
+            side: Side::none(),
             module: null_mut(),
             functions: Vec::new(),
             name: String::new(),
@@ -182,6 +100,8 @@ impl Driver {
             library: None,
             workspace: 0,
             starts_early: false,
+            timed: true,
+            stuck: AtomicBool::new(false),
         };
         // SAFETY: out-parameters are local; the context is retained before use, and `Drop` releases
         // what was made, also when a later call fails.
@@ -209,40 +129,22 @@ impl Driver {
             let _entered = driver.enter()?;
             let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
+            check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
+            driver.side.create()?;
             check(
                 format_args!("{}: the kernels do not load", driver.name),
                 sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
             )?;
-            use sys::CUfunction_attribute as F;
-            for name in NAMES {
-                let text = CString::new(*name).map_err(|_| Error::invalid("kernel name"))?;
-                let mut function = null_mut();
-                check(
-                    format_args!("kernel {name}"),
-                    sys::cuModuleGetFunction(&mut function, driver.module, text.as_ptr()),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        driver.shared_per_block as c_int,
-                    ),
-                )?;
-                check(
-                    format_args!("kernel {name}: shared memory share"),
-                    sys::cuFuncSetAttribute(
-                        function,
-                        F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                        100,
-                    ),
-                )?;
-                driver.functions.push(function);
-            }
+            driver.functions = functions(driver.module, driver.shared_per_block)?;
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
         }
         Ok(driver)
+    }
+
+    /// How products' kernels were chosen so far; empty without cuBLASLt.
+    pub fn product_choices(&self) -> Vec<Choice> {
+        self.library.as_ref().map_or_else(Vec::new, Library::choices)
     }
 
     /// Whether cuBLASLt was found.
@@ -259,48 +161,80 @@ impl Driver {
         Ok(value)
     }
 
-    fn enter(&self) -> Result<Entered> {
+    pub(super) fn enter(&self) -> Result<Entered> {
         // SAFETY: the context is retained for as long as `self` lives.
         check("CUDA context", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
         Ok(Entered)
+    }
+
+    fn launch(&self, (stream, lane): (sys::CUstream, Lane), launch: &Launch, params: &[u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
+        // for that one only: right after a wait for the other stream the launch itself has to be in order.
+        let early_start = !lane.takes_order() && self.starts_early;
+        // SAFETY: plain structs; zero is a valid value of every field.
+        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        early.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: stream,
+            attrs: &mut early,
+            numAttrs: u32::from(early_start),
+        };
+        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
+        // them before it returns.
+        let result = unsafe {
+            sys::cuLaunchKernelEx(
+                &config,
+                self.functions[launch.kernel.0 as usize],
+                arguments.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+    }
+
+    /// Where this thread's work goes now.
+    fn current(&self) -> sys::CUstream {
+        if self.recording.load(Ordering::Relaxed) == this_thread() { self.recorder } else { self.stream }
+    }
+
+    /// With `false`, a shape's product is done by cuBLASLt's first proposal, untimed: slower at some
+    /// shapes, but a model's bits do not depend on what was faster in this process. Products chosen so
+    /// far are forgotten.
+    pub fn time_products(&mut self, timed: bool) {
+        self.timed = timed;
+        if let Some(library) = &mut self.library {
+            library.forget();
+        }
+    }
+
+    /// Whether nothing under way can use what is about to be given back; waits once, and for a bounded time.
+    fn is_quiet(&self) -> bool {
+        let wait = if self.stuck.load(Ordering::Relaxed) { 0 } else { RELEASE_WAIT_NS };
+        // An error means that nothing runs any more.
+        let quiet = !matches!(self.finished(wait), Ok(false));
+        self.stuck.store(!quiet, Ordering::Relaxed);
+        quiet
     }
 
     /// The stream, for hosts that queue their own work beside it.
     pub fn stream(&self) -> u64 {
         self.stream as u64
     }
-
-    /// Milliseconds that `work` takes on the device, by its own clock.
-    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
-        let _entered = self.enter()?;
-        let mut events = [null_mut(); 2];
-        let mut ms = 0.0;
-        // SAFETY: events are made and destroyed here, in this context; `cuEventElapsedTime_v2` exists
-        // in every driver that `count` lets through.
-        unsafe {
-            for e in &mut events {
-                check("CUDA event", sys::cuEventCreate(e, 0))?;
-            }
-            let run = || {
-                check("CUDA event", sys::cuEventRecord(events[0], self.stream))?;
-                work()?;
-                check("CUDA event", sys::cuEventRecord(events[1], self.stream))?;
-                check("CUDA event", sys::cuEventSynchronize(events[1]))?;
-                check("CUDA event", sys::cuEventElapsedTime_v2(&mut ms, events[0], events[1]))
-            };
-            let done = run();
-            for e in events {
-                let _ = sys::cuEventDestroy_v2(e);
-            }
-            done?;
-        }
-        Ok(ms)
-    }
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        if self.context.is_null() {
+        if self.context.is_null() || (!self.stream.is_null() && !self.is_quiet()) {
             return;
         }
         if let Ok(_entered) = self.enter() {
@@ -310,6 +244,10 @@ impl Drop for Driver {
                     let _ = sys::cuStreamSynchronize(self.stream);
                     let _ = sys::cuStreamDestroy_v2(self.stream);
                 }
+                if !self.recorder.is_null() {
+                    let _ = sys::cuStreamDestroy_v2(self.recorder);
+                }
+                self.side.destroy();
                 self.library = None;
                 if self.workspace != 0 {
                     let _ = sys::cuMemFree_v2(self.workspace);
@@ -355,9 +293,11 @@ impl Device for Driver {
     }
 
     fn free(&self, at: Ptr) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: `at` came from `alloc`; kernels that use it were started before on the stream,
-            // and the driver waits for them.
+            // and have ended.
             let _ = unsafe { sys::cuMemFree_v2(at.0) };
         }
     }
@@ -366,7 +306,7 @@ impl Device for Driver {
         let _entered = self.enter()?;
         // SAFETY: `from` is valid host memory; pageable memory is staged before the call returns.
         check("copy to the device", unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.stream)
+            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.current())
         })
     }
 
@@ -382,51 +322,118 @@ impl Device for Driver {
         }
     }
 
+    fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
+        let _entered = self.enter()?;
+        let mut at = null_mut();
+        // SAFETY: out-parameter is local.
+        let result = unsafe { sys::cuMemHostAlloc(&mut at, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
+        check(format_args!("{bytes} bytes of page-locked host memory"), result)?;
+        NonNull::new(at.cast()).ok_or_else(|| Error::new(Status::E_DEVICE, "page-locked host memory: null"))
+    }
+
+    fn free_host(&self, at: NonNull<u8>) {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
+            // SAFETY: `at` came from `alloc_host`; copies that use it have ended.
+            let _ = unsafe { sys::cuMemFreeHost(at.as_ptr().cast()) };
+        }
+    }
+
+    fn send(&self, to: Ptr, from: &[u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: page-locked memory that stays until a mark behind this is reached.
+        check("copy to the device", unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), self.current())
+        })
+    }
+
+    fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: page-locked memory that stays until the device has finished.
+        check("copy from the device", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from.0, to.len(), self.current())
+        })
+    }
+
+    fn mark(&self, old: u64) -> Result<u64> {
+        let _entered = self.enter()?;
+        let mut event = old as sys::CUevent;
+        let plain = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: an event made here, or by an earlier call and not dropped since.
+        unsafe {
+            if event.is_null() {
+                check("CUDA event", sys::cuEventCreate(&mut event, plain))?;
+            }
+            let set = check("CUDA event", sys::cuEventRecord(event, self.stream));
+            if set.is_err() && old == 0 {
+                let _ = sys::cuEventDestroy_v2(event);
+            }
+            set?;
+        }
+        Ok(event as u64)
+    }
+
+    fn reached(&self, mark: u64) -> Result<()> {
+        let _entered = self.enter()?;
+        // SAFETY: `mark` made it, and it was not dropped.
+        check("device work", unsafe { sys::cuEventSynchronize(mark as sys::CUevent) })
+    }
+
+    fn unmark(&self, mark: u64) {
+        if let Ok(_entered) = self.enter() {
+            // SAFETY: as in `reached`; it is not used again.
+            let _ = unsafe { sys::cuEventDestroy_v2(mark as sys::CUevent) };
+        }
+    }
+
     fn zero(&self, at: Ptr, bytes: u64) -> Result<()> {
         let _entered = self.enter()?;
         // SAFETY: the range was allocated by this device.
-        check("zero memory", unsafe { sys::cuMemsetD8Async(at.0, 0, bytes as usize, self.stream) })
+        check("zero memory", unsafe { sys::cuMemsetD8Async(at.0, 0, bytes as usize, self.current()) })
     }
 
     fn start(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        let _entered = self.enter()?;
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
-        // A kernel may start before the one before it ends; every one of ours waits by itself.
-        // SAFETY: plain structs; zero is a valid value of every field.
-        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: self.stream,
-            attrs: &mut early,
-            numAttrs: u32::from(self.starts_early),
-        };
-        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
-        // them before it returns.
-        let result = unsafe {
-            sys::cuLaunchKernelEx(
-                &config,
-                self.functions[launch.kernel.0 as usize],
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+        self.launch((self.current(), Lane::Main), launch, params)
     }
 
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType) -> Result<bool> {
+    fn fork(&self) -> Result<()> {
         let _entered = self.enter()?;
-        match &self.library {
-            Some(library) => library.product(params, transposed, dtype, self.stream.cast()),
-            None => Ok(false),
+        self.side.fork(self.current())
+    }
+
+    fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
+        self.launch(self.side.lane(self.current()), launch, params)
+    }
+
+    fn join(&self) -> Result<()> {
+        let _entered = self.enter()?;
+        self.side.join(self.current())
+    }
+
+    fn product(
+        &self,
+        params: &LinearParams,
+        transposed: bool,
+        dtype: DType,
+        own: Option<&Launch>,
+    ) -> Result<bool> {
+        let _entered = self.enter()?;
+        let Some(library) = &self.library else { return Ok(false) };
+        let stream = self.current();
+        if let Some(known) = library.known(params, transposed, dtype, stream.cast())? {
+            return Ok(known);
         }
+        // A recording runs nothing, so nothing can be timed while it lasts.
+        let timed = self.timed && stream == self.stream && params.rows <= TIMED_ROWS;
+        let flush = timed.then(Flush::new);
+        let time = |work: &Work<'_>| match &flush {
+            Some(flush) => self.time_cold(flush, work),
+            None => Ok(f32::INFINITY),
+        };
+        let start_own = own.map(|launch| move || super::device::start(self, launch, params));
+        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &Work<'_>) };
+        library.choose(params, transposed, dtype, stream.cast(), timed.then_some(&contest))
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -454,23 +461,59 @@ impl Device for Driver {
 
     fn record(&self) -> Result<bool> {
         let _entered = self.enter()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // One at a time: who comes second runs without recording.
+        let free = self.recording.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
+        if free.is_err() {
+            return Ok(false);
+        }
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is this object's own.
-        check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.stream, mode) })?;
-        Ok(true)
+        let begun = check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.recorder, mode) });
+        if begun.is_err() {
+            self.recording.store(0, Ordering::Release);
+        }
+        begun.map(|()| true)
     }
 
     fn recorded(&self) -> Result<u64> {
         let _entered = self.enter()?;
+        // A capture with a fork left open does not end.
+        let joined = self.join();
         let (mut graph, mut exec) = (null_mut(), null_mut());
-        // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated.
+        // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated, the
+        // instance if it cannot be uploaded.
         unsafe {
-            check("graph capture", sys::cuStreamEndCapture(self.stream, &mut graph))?;
-            let made = check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+            let ended = check("graph capture", sys::cuStreamEndCapture(self.recorder, &mut graph));
+            self.recording.store(0, Ordering::Release);
+            ended?;
+            let made =
+                joined.and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0)));
             let _ = sys::cuGraphDestroy(graph);
             made?;
+            // Else the first replay would pay for it.
+            if let Err(error) = check("graph upload", sys::cuGraphUpload(exec, self.stream)) {
+                let _ = sys::cuGraphExecDestroy(exec);
+                return Err(error);
+            }
         }
         Ok(exec as u64)
+    }
+
+    fn unrecord(&self) {
+        if let Ok(_entered) = self.enter() {
+            let mut graph = null_mut();
+            // A capture with a fork left open does not end well; what is wrong with it no longer matters.
+            let _ = self.join();
+            // SAFETY: ends the capture that `record` began; a capture that something has broken gives
+            // an error and no graph.
+            unsafe {
+                let _ = sys::cuStreamEndCapture(self.recorder, &mut graph);
+                if !graph.is_null() {
+                    let _ = sys::cuGraphDestroy(graph);
+                }
+            }
+        }
+        self.recording.store(0, Ordering::Release);
     }
 
     fn replay(&self, program: u64) -> Result<()> {
@@ -480,7 +523,9 @@ impl Device for Driver {
     }
 
     fn forget(&self, program: u64) {
-        if let Ok(_entered) = self.enter() {
+        if self.is_quiet()
+            && let Ok(_entered) = self.enter()
+        {
             // SAFETY: as in `replay`; it is not used again.
             let _ = unsafe { sys::cuGraphExecDestroy(program as sys::CUgraphExec) };
         }

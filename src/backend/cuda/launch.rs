@@ -1,5 +1,6 @@
 //! Kernels by name, and the grid, threads and shared memory of each launch.
 
+use super::params::SAMPLE_BINS;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -24,7 +25,7 @@ macro_rules! names {
     ($($name:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
-            "neuron_scores", "select_neurons", "argmax", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
+            "neuron_scores", "select_neurons", "select_neurons_large", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
             "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
@@ -34,18 +35,26 @@ macro_rules! names {
             "attention_decode_tall_f16_64", "attention_decode_tall_f16_80",
             "attention_decode_tall_f16_96", "attention_decode_tall_f16_128",
             "attention_prefill_bf16_64", "attention_prefill_bf16_80", "attention_prefill_bf16_96",
-            "attention_prefill_bf16_128",
+            "attention_prefill_bf16_128", "attention_prefill_bf16_256",
             "attention_prefill_f16_64", "attention_prefill_f16_80", "attention_prefill_f16_96",
-            "attention_prefill_f16_128",
+            "attention_prefill_f16_128", "attention_prefill_f16_256",
+            "attention_prefill_8x16_bf16_128", "attention_prefill_4x16_bf16_128",
+            "attention_prefill_8x32_bf16_128", "attention_prefill_12x16_bf16_128",
+            "attention_prefill_8x16_128_bf16_128",
             "linear_skinny_bf16_1", "linear_skinny_bf16_2", "linear_skinny_bf16_4", "linear_skinny_bf16_8",
             "linear_skinny_f16_1", "linear_skinny_f16_2", "linear_skinny_f16_4", "linear_skinny_f16_8",
+            "linear_up_bf16_1", "linear_up_bf16_2", "linear_up_bf16_4", "linear_up_bf16_8",
+            "linear_up_f16_1", "linear_up_f16_2", "linear_up_f16_4", "linear_up_f16_8",
+            "router_scores_bf16_1", "router_scores_bf16_2", "router_scores_bf16_4", "router_scores_bf16_8",
+            "router_scores_f16_1", "router_scores_f16_2", "router_scores_f16_4", "router_scores_f16_8",
             "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
             "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
         ];
     };
 }
 
-names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn" }
+names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
+"mlp_down" "mlp_down_deep" "mlp_down_narrow" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -60,12 +69,76 @@ pub const LIBRARY_ROWS: u32 = 32;
 pub const LIBRARY_COLUMNS: u32 = 16_384;
 /// Most parts of a down product's sum.
 pub const MAX_DOWN_SPLITS: u32 = 16;
+/// Rows up to which the down product makes its own input from the up product's sums.
+pub const MADE_ROWS: u32 = 16;
+/// Neurons up to which their selection keeps its keys in registers.
+const REGISTER_NEURONS: u32 = 16_384;
+/// Neurons whose list one block of a selection writes.
+const SELECT_PIECE: u32 = 2048;
 /// Most blocks that share one row of logits.
 pub const ARGMAX_PIECES: u32 = 32;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
-/// Packed query rows of a prefill tile.
-pub const TILE_ROWS: u32 = 64;
+
+/// What one block of the prefill attention works on, as `cuda/attention_prefill.cu` instantiates it.
+#[derive(Clone, Copy, Debug)]
+struct PrefillTile {
+    warps: u32,
+    /// Packed query rows.
+    rows: u32,
+    /// Tokens of the cache a step.
+    keys: u32,
+}
+
+impl PrefillTile {
+    fn of(head_dim: u32) -> PrefillTile {
+        match head_dim {
+            0..=128 => PrefillTile { warps: 4, rows: 128, keys: 64 },
+            _ => PrefillTile { warps: 4, rows: 64, keys: 32 },
+        }
+    }
+}
+
+/// Other cuts of the prefill attention at bf16 and head size 128, for the benchmark to compare: name
+/// (warps x rows of a warp), and the tile.
+const PREFILL_CUTS: [(&str, PrefillTile); 5] = [
+    ("8x16", PrefillTile { warps: 8, rows: 128, keys: 64 }),
+    ("4x16", PrefillTile { warps: 4, rows: 64, keys: 64 }),
+    ("8x32", PrefillTile { warps: 8, rows: 256, keys: 64 }),
+    ("12x16", PrefillTile { warps: 12, rows: 192, keys: 48 }),
+    ("8x16_128", PrefillTile { warps: 8, rows: 128, keys: 128 }),
+];
+
+/// Choices between launches that compute the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// The MLP's router chain runs beside QKV and attention; else the products wait for its list as well.
+    pub beside: bool,
+    /// The down product of up to [`MADE_ROWS`] rows makes its own input (with `beside` only).
+    pub made: bool,
+    /// How it is cut.
+    pub down: DownCut,
+    /// The side work is waited for before the output projection instead of after it.
+    pub join_early: bool,
+}
+
+/// How the down product that makes its input is cut into blocks: fewer parts to add against more reads of
+/// the up product's sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DownCut {
+    /// 256 columns, two blocks a multiprocessor.
+    Wide,
+    /// 256 columns, one block with more under way: half as many parts.
+    Deep,
+    /// 128 columns, one block: a quarter as many.
+    Narrow,
+}
+
+impl Default for Tuning {
+    fn default() -> Tuning {
+        Tuning { beside: true, made: true, down: DownCut::Wide, join_early: false }
+    }
+}
 
 /// The kernels of one 16-bit type and head size, with what their launches need to know.
 #[derive(Clone, Copy, Debug)]
@@ -77,14 +150,22 @@ pub struct Kernels {
     select_heads: Id,
     tile: [Id; 2],
     scores: Id,
-    neurons: Id,
+    neurons: [Id; 2],
     argmax: Id,
+    count_tokens: Id,
+    sample: [Id; 3],
     transpose: Id,
     convert: Id,
     decode: Id,
-    prefill: Option<Id>,
+    prefill: Id,
+    prefill_tile: PrefillTile,
     skinny: [Id; 4],
+    up: [Id; 4],
+    router: [Id; 4],
     down: [Id; 3],
+    mlp_down: [Id; 3],
+    /// Choices that a measurement decides.
+    pub tuning: Tuning,
     head_dim: u32,
     group: u32,
     /// Loads each warp of the decode attention keeps under way.
@@ -127,6 +208,10 @@ impl Kernels {
         let room = shared_per_block.min((shared_per_block + 1024) / blocks - 1024);
         let fixed = decode_fixed_bytes(head_dim, group);
         let stages = room.saturating_sub(fixed) / (4 * (tile_bytes + 8));
+        let by_rows = |base: &str| -> Result<[Id; 4]> {
+            let one = |rows| by_name(&format!("{base}_{t}_{rows}"));
+            Ok([one(1)?, one(2)?, one(4)?, one(8)?])
+        };
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
         let unsupported = |e: Error| {
             Error::unsupported(format!(
@@ -142,23 +227,25 @@ impl Kernels {
             select_heads: each("select_heads")?,
             tile: [each("linear_tile_nt")?, each("linear_tile_nn")?],
             scores: by_name("neuron_scores")?,
-            neurons: by_name("select_neurons")?,
+            neurons: [by_name("select_neurons")?, by_name("select_neurons_large")?],
             argmax: by_name("argmax")?,
+            count_tokens: by_name("count_tokens")?,
+            sample: [by_name("sample_penalised")?, by_name("sample_bins")?, by_name("sample_finish")?],
             transpose: by_name("transpose16")?,
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
-            prefill: sized("attention_prefill").ok(),
-            skinny: [
-                by_name(&format!("linear_skinny_{t}_1"))?,
-                by_name(&format!("linear_skinny_{t}_2"))?,
-                by_name(&format!("linear_skinny_{t}_4"))?,
-                by_name(&format!("linear_skinny_{t}_8"))?,
-            ],
+            prefill: sized("attention_prefill").map_err(unsupported)?,
+            prefill_tile: PrefillTile::of(head_dim),
+            skinny: by_rows("linear_skinny")?,
+            up: by_rows("linear_up")?,
+            router: by_rows("router_scores")?,
             down: [
                 by_name(&format!("linear_down_{t}_1"))?,
                 by_name(&format!("linear_down_{t}_2"))?,
                 by_name(&format!("linear_down_{t}_4"))?,
             ],
+            mlp_down: [each("mlp_down")?, each("mlp_down_deep")?, each("mlp_down_narrow")?],
+            tuning: Tuning::default(),
             head_dim,
             group,
             stages: stages.clamp(1, 8),
@@ -174,13 +261,18 @@ impl Kernels {
 
     /// Norms of `rows` rows.
     pub fn norm(&self, rows: u32, hidden: u32) -> Launch {
-        Launch { kernel: self.norm, grid: (rows, 1), threads: 512, shared: (32 + hidden) * 4 }
+        // A block of 1024 threads fills a multiprocessor's registers.
+        let most = if rows > self.multiprocessors { 512 } else { 1024 };
+        let threads = hidden.div_ceil(4).next_multiple_of(32).min(most);
+        Launch { kernel: self.norm, grid: (rows, 1), threads, shared: (32 + hidden) * 4 + 3 * hidden * 2 }
     }
 
-    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v).
-    pub fn qkv(&self, rows: u32, heads: u32) -> Launch {
+    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v); `router`: rows of the
+    /// router by which it selects heads as well, 0: none.
+    pub fn qkv(&self, rows: u32, heads: u32, router: u32) -> Launch {
         let y = (2 * self.multiprocessors / rows.max(1)).clamp(1, heads.div_ceil(8));
-        Launch { kernel: self.qkv, grid: (rows, y), threads: 256, shared: 0 }
+        let (selects, shared) = if router > 0 { (1, select_bytes(router)) } else { (0, 0) };
+        Launch { kernel: self.qkv, grid: (rows, y + selects), threads: 256, shared }
     }
 
     /// Activation of `n` neurons.
@@ -189,9 +281,9 @@ impl Kernels {
         Launch { kernel: self.activate, grid: (rows, y), threads: 256, shared: 0 }
     }
 
-    /// Head selection.
-    pub fn select_heads(&self, sequences: u32) -> Launch {
-        Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: (256 + 8 + 256) * 4 }
+    /// Head selection by `router` logits a sequence.
+    pub fn select_heads(&self, sequences: u32, router: u32) -> Launch {
+        Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: select_bytes(router) }
     }
 
     /// Scores of the neurons of `groups` groups of rows.
@@ -199,20 +291,45 @@ impl Kernels {
         Launch { kernel: self.scores, grid: (n.div_ceil(64), groups), threads: 256, shared: 1024 }
     }
 
+    /// The MLP router's second product of up to [`SKINNY_ROWS`] rows, as scores of `n` neurons.
+    pub fn router_scores(&self, rows: u32, n: u32) -> Launch {
+        let cut = SkinnyCut::new(rows, SkinnyCut::DEPTH);
+        Launch { kernel: self.router[cut.variant], grid: (n.div_ceil(cut.neurons), 1), ..cut.launch() }
+    }
+
     /// Neuron selection of `groups` groups, from their scores.
     pub fn select_neurons(&self, groups: u32, n: u32) -> Launch {
-        Launch { kernel: self.neurons, grid: (groups, 1), threads: 1024, shared: neuron_bytes(n) }
+        let kernel = self.neurons[usize::from(n > REGISTER_NEURONS)];
+        Launch {
+            kernel,
+            grid: (n.div_ceil(SELECT_PIECE).clamp(1, 32), groups),
+            threads: 1024,
+            shared: neuron_bytes(n),
+        }
     }
 
     /// Whether a layer of `n` neurons fits the neuron selection.
     pub fn neurons_fit(&self, n: u32) -> bool {
-        neuron_bytes(n) <= self.shared_per_block
+        neuron_bytes(n) <= self.shared_per_block && n < 1 << 16
     }
 
     /// Most likely tokens.
     pub fn argmax(&self, rows: u32) -> Launch {
         let pieces = (2 * self.multiprocessors / rows.max(1)).clamp(1, ARGMAX_PIECES);
         Launch { kernel: self.argmax, grid: (pieces, rows), threads: 512, shared: 400 }
+    }
+
+    /// Counting of `n` tokens of penalised sequences.
+    pub fn count_tokens(&self, n: u32) -> Launch {
+        Launch { kernel: self.count_tokens, grid: (n.div_ceil(256), 1), threads: 256, shared: 0 }
+    }
+
+    /// Sampling of `jobs` rows: the likeliest after penalties (0), histograms and plain draws (1), the
+    /// rest (2).
+    pub fn sample(&self, stage: usize, jobs: u32) -> Launch {
+        let pieces = (4 * self.multiprocessors / jobs.max(1)).clamp(1, ARGMAX_PIECES);
+        let shared = 2 * 4 * SAMPLE_BINS as u32 + SAMPLE_SUMS;
+        Launch { kernel: self.sample[stage], grid: (pieces, jobs), threads: 512, shared }
     }
 
     /// Transposition of `rows` by `columns`.
@@ -259,18 +376,33 @@ impl Kernels {
         Launch { kernel: self.decode, grid: (self.decode_workers(), 1), threads: 128, shared }
     }
 
-    /// Query tokens of one prefill tile.
-    pub fn tile_tokens(&self) -> u32 {
-        TILE_ROWS / self.group
+    /// Names of the other cuts of the prefill attention at bf16 and head size 128.
+    pub fn prefill_cuts() -> impl Iterator<Item = &'static str> {
+        PREFILL_CUTS.iter().map(|c| c.0)
     }
 
-    /// Prefill attention over `tiles` tiles; an error for head size 256, which only decode has.
-    pub fn prefill(&self, tiles: u32, kv_heads: u32) -> Result<Launch> {
-        let kernel = self.prefill.ok_or_else(|| {
-            Error::unsupported(format!("prefill attention with head size {}: not built", self.head_dim))
-        })?;
-        let shared = 2 * 4 * (64 * self.head_dim + 8);
-        Ok(Launch { kernel, grid: (tiles, kv_heads), threads: 128, shared })
+    /// The same kernels with another cut of the prefill attention.
+    pub fn with_prefill_cut(self, name: &str) -> Result<Kernels> {
+        let cut = PREFILL_CUTS.iter().find(|c| c.0 == name && self.head_dim == 128);
+        let tile = cut.ok_or_else(|| Error::invalid(format!("no cut {name} of the prefill attention")))?.1;
+        Ok(Kernels {
+            prefill: by_name(&format!("attention_prefill_{name}_bf16_128"))?,
+            prefill_tile: tile,
+            ..self
+        })
+    }
+
+    /// Query tokens of one prefill tile.
+    pub fn tile_tokens(&self) -> u32 {
+        self.prefill_tile.rows / self.group
+    }
+
+    /// Prefill attention over `tiles` tiles.
+    pub fn prefill(&self, tiles: u32, kv_heads: u32) -> Launch {
+        let tile = self.prefill_tile;
+        // The queries and three loads of the cache, rows 16 bytes apart.
+        let shared = (tile.rows + 3 * tile.keys) * (2 * self.head_dim + 16);
+        Launch { kernel: self.prefill, grid: (tiles * kv_heads, 1), threads: 32 * tile.warps, shared }
     }
 
     /// `x [rows][k]` times `w [n][k]`: the launch, and into how many parts the sum is cut.
@@ -278,14 +410,20 @@ impl Kernels {
         if rows > SKINNY_ROWS {
             return self.tiled(self.tile[0], rows, n, k);
         }
-        let i = skinny_variant(rows);
-        let (nt, mt) = (1u32 << i, if i == 3 { 2 } else { 1 });
-        let tiles = n.div_ceil(64 * mt);
-        let (depth, buffers) = if mt > 1 { (3, 2) } else { (4, 3) };
-        let shared = 4 * depth * mt * 2048 + buffers * nt * 8 * (128 * 2 + 64);
-        let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, if i == 3 { 2 } else { 4 });
+        self.skinny(self.skinny, SkinnyCut::new(rows, SkinnyCut::DEPTH), n, k)
+    }
+
+    /// The same for listed rows of `w`, the list ready before the kernel ahead began; up to [`SKINNY_ROWS`].
+    pub fn linear_up(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
+        self.skinny(self.up, SkinnyCut::new(rows, SkinnyCut::READY_DEPTH), n, k)
+    }
+
+    fn skinny(&self, kernels: [Id; 4], cut: SkinnyCut, n: u32, k: u32) -> (Launch, u32) {
+        let tiles = n.div_ceil(cut.neurons);
+        let most = if cut.variant == 3 { 2 } else { 4 };
+        let per_sm = ((self.shared_per_block + 1024) / (cut.shared + 1024)).clamp(1, most);
         let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 4);
-        (Launch { kernel: self.skinny[i], grid: (tiles, splits), threads: 128, shared }, splits)
+        (Launch { kernel: kernels[cut.variant], grid: (tiles, splits), ..cut.launch() }, splits)
     }
 
     /// The same as [`Kernels::linear`] with the sum in one part.
@@ -306,31 +444,68 @@ impl Kernels {
         if rows > SKINNY_ROWS {
             return self.tiled(self.tile[1], rows, n, k);
         }
-        let (i, mt) = match rows {
-            0..=16 => (0, 1u32),
-            17..=32 => (1, 2),
-            _ => (2, 4),
+        let (i, mt, per_sm, depth) = match rows {
+            0..=16 => (0, 1, 2, 5),
+            17..=32 => (1, 2, 2, 5),
+            _ => (2, 4, 1, 8),
         };
-        let depth = if mt > 2 { 4 } else { 5 };
-        let tiles = n.div_ceil(256);
-        let shared = 8 * depth * (4 * 512 + 2 * mt * 256);
-        let per_sm = ((self.shared_per_block + 1024) / (shared + 1024)).clamp(1, 2);
-        let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(16) / 4)
-            .min(MAX_DOWN_SPLITS);
-        (Launch { kernel: self.down[i], grid: (tiles, splits), threads: 256, shared }, splits)
+        let (grid, shared) = self.down_grid(n.div_ceil(256), k, mt, per_sm, depth);
+        (Launch { kernel: self.down[i], grid, threads: 256, shared }, grid.1)
+    }
+
+    /// Down product of a selective MLP of up to [`MADE_ROWS`] rows, from the up product's sums.
+    pub fn mlp_down(&self, n: u32, k: u32) -> (Launch, u32) {
+        let (i, columns, per_sm, depth) = match self.tuning.down {
+            DownCut::Wide => (0, 256, 2, 5),
+            DownCut::Deep => (1, 256, 1, 9),
+            DownCut::Narrow => (2, 128, 1, 9),
+        };
+        let (grid, shared) = self.down_grid(n.div_ceil(columns), k, 1, per_sm, depth);
+        (Launch { kernel: self.mlp_down[i], grid, threads: 256, shared }, grid.1)
+    }
+
+    /// As many parts as fill the device once: a part costs little, an idle multiprocessor a lot.
+    fn down_grid(&self, tiles: u32, k: u32, mt: u32, per_sm: u32, depth: u32) -> ((u32, u32), u32) {
+        let most = k.div_ceil(32).clamp(1, MAX_DOWN_SPLITS);
+        let splits = (per_sm * self.multiprocessors / tiles).clamp(1, most);
+        let chunk = if mt > 2 { 256 } else { 512 };
+        ((tiles, splits), 8 * depth * 4 * 512 + 16 * mt * (2 * chunk + 32))
     }
 }
 
+/// How the skinny products cut their work: by rows, see `linear_skinny.cu`.
+struct SkinnyCut {
+    variant: usize,
+    /// Of a block.
+    neurons: u32,
+    shared: u32,
+}
+
+impl SkinnyCut {
+    const DEPTH: u32 = 4;
+    const READY_DEPTH: u32 = 5;
+
+    fn new(rows: u32, depth: u32) -> SkinnyCut {
+        let variant = match rows {
+            0..=8 => 0,
+            9..=16 => 1,
+            17..=32 => 2,
+            _ => 3,
+        };
+        let (nt, mt) = (1u32 << variant, if variant == 3 { 2 } else { 1 });
+        let (depth, buffers) = if mt > 1 { (3, 2) } else { (depth, 3) };
+        let shared = 4 * depth * mt * 2048 + buffers * nt * 8 * (128 * 2 + 64);
+        SkinnyCut { variant, neurons: 64 * mt, shared }
+    }
+
+    fn launch(&self) -> Launch {
+        Launch { kernel: Id(0), grid: (1, 1), threads: 128, shared: self.shared }
+    }
+}
+
+/// Shared memory of the sampling kernels beside their histogram, bytes: sums, gathered tokens.
+const SAMPLE_SUMS: u32 = 1024 + 1024 * 16;
 const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
-
-fn skinny_variant(rows: u32) -> usize {
-    match rows {
-        0..=8 => 0,
-        9..=16 => 1,
-        17..=32 => 2,
-        _ => 3,
-    }
-}
 
 /// Steps of the loop that filling and draining a block's pipeline costs.
 const FILL_STEPS: f64 = 4.0;
@@ -353,6 +528,11 @@ fn decode_fixed_bytes(head_dim: u32, group: u32) -> u32 {
     4 * group * head_dim * 4 + 2 * 4 * 16 * 4 + 16
 }
 
+fn select_bytes(router: u32) -> u32 {
+    (256 + 256 + 8 + router) * 4
+}
+
 fn neuron_bytes(n: u32) -> u32 {
-    (n + 256 + 2 * n.div_ceil(32) + 2) * 4
+    let keys = if n > REGISTER_NEURONS { n.next_multiple_of(32) } else { 0 };
+    (2 * 32 + 4096 + 2 * 1024 + keys) * 4
 }

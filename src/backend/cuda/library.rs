@@ -1,5 +1,9 @@
-//! Products of many rows through cuBLASLt, where the library is found. It is optional: without it the
-//! tiled kernel does them, more slowly.
+//! Products of many rows through cuBLASLt, where the library is found. It is optional: without it our
+//! own kernels do them, prompts more slowly.
+//!
+//! When a shape is first met, the library's proposals and our own kernel are timed and the fastest is
+//! kept until the process ends: a shape's bits do not change within a process, but another process may
+//! choose otherwise. Sums are f32 either way.
 
 use super::params::LinearParams;
 use crate::dtype::DType;
@@ -7,7 +11,6 @@ use crate::error::{Error, Result, Status};
 use cudarc::cublaslt::sys::{self, cublasStatus_t};
 use cudarc::driver::sys::CUdeviceptr;
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::panic::catch_unwind;
 use std::ptr::null_mut;
@@ -32,8 +35,50 @@ struct Plan {
 pub(super) struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CUdeviceptr,
+    /// What does each shape; `None`: our own kernel.
     plans: Mutex<HashMap<Key, Option<Plan>>>,
+    contests: Mutex<Vec<Choice>>,
 }
+
+/// How a product's kernel was chosen: microseconds of each with cold caches, infinite where it did not
+/// run.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// Rows of x.
+    pub rows: u32,
+    /// Columns of the result.
+    pub n: u32,
+    /// Length of the sums.
+    pub k: u32,
+    /// The matrix is stored `[k, n]`.
+    pub transposed: bool,
+    /// The library's first proposal.
+    pub first_us: f32,
+    /// Its fastest.
+    pub best_us: f32,
+    /// Our own kernel.
+    pub own_us: f32,
+    /// Our own kernel was taken.
+    pub own: bool,
+}
+
+/// Starts something.
+pub(super) type Work<'a> = dyn Fn() -> Result<()> + 'a;
+
+/// How kernels are compared.
+pub(super) struct Contest<'a> {
+    /// Microseconds of what a closure starts.
+    pub(super) time: &'a dyn Fn(&Work<'_>) -> Result<f32>,
+    /// Starts our own kernel for the same product, if that competes.
+    pub(super) own: Option<&'a Work<'a>>,
+}
+
+/// Algorithms asked for.
+const PROPOSALS: usize = 8;
+
+/// What our own kernels gain beside their own time, microseconds: they start before the kernel in front
+/// of them ends, and so does the kernel behind them.
+const EARLY_START: f32 = 2.0;
 
 // SAFETY: cuBLASLt handles and descriptors may be used from any thread; plans are behind a lock.
 unsafe impl Send for Library {}
@@ -64,28 +109,98 @@ impl Library {
             }
         });
         let handle = made.ok().flatten()?;
-        Some(Library { handle, workspace, plans: Mutex::default() })
+        Some(Library { handle, workspace, plans: Mutex::default(), contests: Mutex::default() })
     }
 
-    /// Starts the product on `stream`; false: the library has no algorithm for it.
-    pub(super) fn product(
+    /// Starts the product on `stream` if its shape was met before; false: our own kernel has to.
+    pub(super) fn known(
         &self,
         p: &LinearParams,
         transposed: bool,
         dtype: DType,
         stream: *mut c_void,
+    ) -> Result<Option<bool>> {
+        let plans = self.plans.lock().unwrap_or_else(|e| e.into_inner());
+        match plans.get(&key(p, transposed, dtype)) {
+            Some(Some(plan)) => self.start(plan, &plan.algorithm, p, stream).map(|()| Some(true)),
+            Some(None) => Ok(Some(false)),
+            None => Ok(None),
+        }
+    }
+
+    /// Chooses who does products of this shape, and starts this one as [`Library::known`] does. Without
+    /// a contest the library's first proposal is taken.
+    pub(super) fn choose(
+        &self,
+        p: &LinearParams,
+        transposed: bool,
+        dtype: DType,
+        stream: *mut c_void,
+        contest: Option<&Contest<'_>>,
     ) -> Result<bool> {
-        let key = (p.rows, p.n, p.k, transposed, dtype == DType::F16);
+        let key = key(p, transposed, dtype);
+        let plan = self.fastest(key, p, stream, contest)?;
         let mut plans = self.plans.lock().unwrap_or_else(|e| e.into_inner());
-        let plan = match plans.entry(key) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => place.insert(self.plan(key)?),
-        };
-        let Some(plan) = plan else { return Ok(false) };
+        // Should another thread have chosen meanwhile, its choice stands.
+        let plan = plans.entry(key).or_insert(plan);
+        match plan {
+            Some(plan) => self.start(plan, &plan.algorithm, p, stream).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// The contests so far, in their order.
+    pub(super) fn choices(&self) -> Vec<Choice> {
+        self.contests.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Forgets every choice.
+    pub(super) fn forget(&mut self) {
+        self.plans.get_mut().unwrap_or_else(|e| e.into_inner()).clear();
+    }
+
+    fn fastest(
+        &self,
+        key: Key,
+        p: &LinearParams,
+        stream: *mut c_void,
+        contest: Option<&Contest<'_>>,
+    ) -> Result<Option<Plan>> {
+        let mut plan = Plan::new(key)?;
+        let mut proposals = [None; PROPOSALS];
+        self.propose(&plan, &mut proposals)?;
+        let Some(first) = proposals[0] else { return Ok(None) };
+        plan.algorithm = first;
+        let Some(contest) = contest else { return Ok(Some(plan)) };
+        let (mut first, mut best) = (None, f32::INFINITY);
+        for algorithm in proposals.iter().flatten() {
+            // A proposal that does not run is none.
+            let us = (contest.time)(&|| self.start(&plan, algorithm, p, stream)).unwrap_or(f32::INFINITY);
+            first = first.or(Some(us));
+            if us < best {
+                (best, plan.algorithm) = (us, *algorithm);
+            }
+        }
+        let own_us = contest.own.map_or(Ok(f32::INFINITY), contest.time)?;
+        let own = own_us < best + EARLY_START;
+        let (rows, n, k, transposed, _) = key;
+        let first_us = first.unwrap_or(best);
+        let choice = Choice { rows, n, k, transposed, first_us, best_us: best, own_us, own };
+        self.contests.lock().unwrap_or_else(|e| e.into_inner()).push(choice);
+        Ok((!own).then_some(plan))
+    }
+
+    fn start(
+        &self,
+        plan: &Plan,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        p: &LinearParams,
+        stream: *mut c_void,
+    ) -> Result<()> {
         let (one, zero) = (1f32, 0f32);
         // SAFETY: descriptors are alive, addresses hold the shapes they say, scalars are f32 on the host
         // as the operation was made for.
-        let status = unsafe {
+        check("product", unsafe {
             sys::cublasLtMatmul(
                 self.handle,
                 plan.operation,
@@ -99,21 +214,69 @@ impl Library {
                 plan.out,
                 p.out.0 as *mut c_void,
                 plan.out,
-                &plan.algorithm,
+                algorithm,
                 self.workspace as *mut c_void,
                 WORKSPACE,
                 stream.cast(),
             )
-        };
-        check("product", status)?;
-        Ok(true)
+        })
     }
 
+    /// The library's proposals, the likeliest first.
+    fn propose(&self, plan: &Plan, out: &mut [Option<sys::cublasLtMatmulAlgo_t>; PROPOSALS]) -> Result<()> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as P;
+        let mut preference = null_mut();
+        let bytes = WORKSPACE;
+        let mut found = 0;
+        // SAFETY: out-parameters are local, the results' array holds as many as are asked for, and zero
+        // bytes are a valid value of that plain struct.
+        let results = unsafe {
+            let mut results: [sys::cublasLtMatmulHeuristicResult_t; PROPOSALS] = std::mem::zeroed();
+            check("preference", sys::cublasLtMatmulPreferenceCreate(&mut preference))?;
+            let status = sys::cublasLtMatmulPreferenceSetAttribute(
+                preference,
+                P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const bytes).cast(),
+                size_of::<usize>(),
+            );
+            if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+                // An error here means that it has none.
+                let _ = sys::cublasLtMatmulAlgoGetHeuristic(
+                    self.handle,
+                    plan.operation,
+                    plan.weights,
+                    plan.x,
+                    plan.out,
+                    plan.out,
+                    preference,
+                    PROPOSALS as i32,
+                    results.as_mut_ptr(),
+                    &mut found,
+                );
+            }
+            let _ = sys::cublasLtMatmulPreferenceDestroy(preference);
+            check("workspace", status)?;
+            results
+        };
+        let usable = results[..(found.max(0) as usize).min(PROPOSALS)]
+            .iter()
+            .filter(|r| r.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS && r.workspaceSize <= WORKSPACE);
+        for (to, result) in out.iter_mut().zip(usable) {
+            *to = Some(result.algo);
+        }
+        Ok(())
+    }
+}
+
+fn key(p: &LinearParams, transposed: bool, dtype: DType) -> Key {
+    (p.rows, p.n, p.k, transposed, dtype == DType::F16)
+}
+
+impl Plan {
     /// The library counts columns first, so `out` is n x rows, from `w` (transposed unless stored
     /// `[k, n]`) and `x` k x rows.
-    fn plan(&self, (rows, n, k, transposed, half): Key) -> Result<Option<Plan>> {
+    fn new((rows, n, k, transposed, half): Key) -> Result<Plan> {
         use sys::cublasLtMatmulDescAttributes_t as D;
-        use sys::cublasLtMatmulPreferenceAttributes_t as P;
         use sys::cudaDataType as T;
         let element = if half { T::CUDA_R_16F } else { T::CUDA_R_16BF };
         let (rows, n, k) = (u64::from(rows), u64::from(n), u64::from(k));
@@ -122,11 +285,10 @@ impl Library {
             weights: null_mut(),
             x: null_mut(),
             out: null_mut(),
-            // SAFETY: an opaque plain struct that the heuristic overwrites.
+            // SAFETY: an opaque plain struct, replaced by a proposal before it is used.
             algorithm: unsafe { std::mem::zeroed() },
         };
         // SAFETY: every out-parameter is local or a field of `plan`; attribute sizes match their types.
-        // On an early error the few descriptors made so far are lost, as at the end of the process.
         unsafe {
             let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
             check("operation", sys::cublasLtMatmulDescCreate(&mut plan.operation, sums, T::CUDA_R_32F))?;
@@ -147,65 +309,32 @@ impl Library {
                 "output",
                 sys::cublasLtMatrixLayoutCreate(&mut plan.out, T::CUDA_R_32F, n, rows, n as i64),
             )?;
-            let mut preference = null_mut();
-            check("preference", sys::cublasLtMatmulPreferenceCreate(&mut preference))?;
-            let bytes = WORKSPACE;
-            check(
-                "workspace",
-                sys::cublasLtMatmulPreferenceSetAttribute(
-                    preference,
-                    P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                    (&raw const bytes).cast(),
-                    size_of::<usize>(),
-                ),
-            )?;
-            let mut found = 0;
-            let mut best: sys::cublasLtMatmulHeuristicResult_t = std::mem::zeroed();
-            let status = sys::cublasLtMatmulAlgoGetHeuristic(
-                self.handle,
-                plan.operation,
-                plan.weights,
-                plan.x,
-                plan.out,
-                plan.out,
-                preference,
-                1,
-                &mut best,
-                &mut found,
-            );
-            let _ = sys::cublasLtMatmulPreferenceDestroy(preference);
-            if status != cublasStatus_t::CUBLAS_STATUS_SUCCESS || found == 0 {
-                destroy(&plan);
-                return Ok(None);
-            }
-            plan.algorithm = best.algo;
         }
-        Ok(Some(plan))
+        Ok(plan)
     }
 }
 
-/// # Safety
-/// The plan's descriptors were made by the library and are not used again.
-unsafe fn destroy(plan: &Plan) {
-    // SAFETY: see above.
-    unsafe {
-        let _ = sys::cublasLtMatmulDescDestroy(plan.operation);
-        for layout in [plan.weights, plan.x, plan.out] {
-            let _ = sys::cublasLtMatrixLayoutDestroy(layout);
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made by the library for this plan alone; null where making one failed. No
+        // work uses descriptors once `cublasLtMatmul` has returned.
+        unsafe {
+            if !self.operation.is_null() {
+                let _ = sys::cublasLtMatmulDescDestroy(self.operation);
+            }
+            for layout in [self.weights, self.x, self.out].into_iter().filter(|l| !l.is_null()) {
+                let _ = sys::cublasLtMatrixLayoutDestroy(layout);
+            }
         }
     }
 }
 
 impl Drop for Library {
     fn drop(&mut self) {
-        let plans = std::mem::take(self.plans.get_mut().unwrap_or_else(|e| e.into_inner()));
-        // SAFETY: the handles are this object's own, and no work of theirs is under way: the driver
-        // waits for the stream first.
-        unsafe {
-            for plan in plans.values().flatten() {
-                destroy(plan);
-            }
-            let _ = sys::cublasLtDestroy(self.handle);
-        }
+        // Plans end before the handle.
+        self.forget();
+        // SAFETY: the handle is this object's own, and no work of it is under way: the driver waits
+        // for the stream first.
+        let _ = unsafe { sys::cublasLtDestroy(self.handle) };
     }
 }

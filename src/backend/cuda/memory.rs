@@ -1,8 +1,10 @@
-//! Device memory that gives itself back, and offsets within one allocation.
+//! Memory that gives itself back: on the device, and on the host for copies that run beside it; and
+//! offsets within one allocation.
 
 use super::device::Device;
 use super::params::Ptr;
 use crate::error::Result;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// One allocation.
@@ -24,6 +26,73 @@ impl<D: Device> Memory<D> {
 impl<D: Device> Drop for Memory<D> {
     fn drop(&mut self) {
         self.device.free(self.at);
+    }
+}
+
+/// Words of host memory that copies read or write while the host goes on (page-locked on a GPU).
+pub(super) struct HostWords<D: Device> {
+    device: Arc<D>,
+    at: NonNull<u8>,
+    count: usize,
+    /// Reached when the last copy from here is done; 0: none was made.
+    mark: u64,
+}
+
+// SAFETY: plain memory that only this object addresses; access goes through `&self` and `&mut self`.
+unsafe impl<D: Device> Send for HostWords<D> {}
+// SAFETY: as above.
+unsafe impl<D: Device> Sync for HostWords<D> {}
+
+impl<D: Device> HostWords<D> {
+    /// `count` zeros.
+    pub(super) fn zeroed(device: &Arc<D>, count: usize) -> Result<HostWords<D>> {
+        let at = device.alloc_host(count.max(1).saturating_mul(4))?;
+        let mut words = HostWords { device: Arc::clone(device), at, count, mark: 0 };
+        words.words_mut()?.fill(0);
+        Ok(words)
+    }
+
+    /// The words, once no copy from here is under way.
+    pub(super) fn words_mut(&mut self) -> Result<&mut [u32]> {
+        if self.mark != 0 {
+            self.device.reached(self.mark)?;
+        }
+        // SAFETY: `alloc_host` gave this many bytes, aligned for words, to this object alone.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr().cast(), self.count) })
+    }
+
+    /// The words; of a copy to here, only what the device has finished.
+    pub(super) fn words(&self) -> &[u32] {
+        // SAFETY: as in `words_mut`.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr().cast(), self.count) }
+    }
+
+    fn bytes(&mut self, count: usize) -> &mut [u8] {
+        // SAFETY: as in `words_mut`; any bytes are words.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), 4 * count.min(self.count)) }
+    }
+
+    /// Starts a copy of the first `count` words to the device.
+    pub(super) fn send(&mut self, to: Ptr, count: usize) -> Result<()> {
+        let device = Arc::clone(&self.device);
+        device.send(to, self.bytes(count))?;
+        self.mark = device.mark(self.mark)?;
+        Ok(())
+    }
+
+    /// Starts a copy of `count` words from the device to here.
+    pub(super) fn fetch(&mut self, from: Ptr, count: usize) -> Result<()> {
+        let device = Arc::clone(&self.device);
+        device.fetch(self.bytes(count), from)
+    }
+}
+
+impl<D: Device> Drop for HostWords<D> {
+    fn drop(&mut self) {
+        if self.mark != 0 {
+            self.device.unmark(self.mark);
+        }
+        self.device.free_host(self.at);
     }
 }
 

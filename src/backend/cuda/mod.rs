@@ -7,35 +7,45 @@
 //! Weights, activations and cache are bf16 or f16 as the model is stored (f32 models become bf16);
 //! sums and the residual stream are f32.
 
+mod buckets;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+#[cfg(feature = "cuda")]
+mod image;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
 mod memory;
+mod neurons;
 pub mod params;
+#[cfg(feature = "cuda")]
+mod probe;
 mod program;
+pub mod sampling;
 mod scratch;
 mod shape;
+#[cfg(feature = "cuda")]
+mod side;
 mod stages;
+#[cfg(feature = "cuda")]
+mod stopwatch;
 mod tables;
 mod weights;
 
 pub use scratch::CudaScratch;
 pub use weights::{CudaRouters, CudaWeights};
 
-use super::step::Sampled;
 use super::{Backend, Caps, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions};
-use crate::error::{Error, Result, try_vec};
+use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Weights};
-use crate::sample;
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
+use launch::Tuning;
 use memory::Memory;
-use params::{NONE, Ptr};
-use scratch::HostChoice;
+use params::Ptr;
+use sampling::Request;
 use shape::Shape;
 use std::sync::Arc;
 
@@ -43,6 +53,7 @@ use std::sync::Arc;
 pub struct Cuda<D: Device> {
     device: Arc<D>,
     records: bool,
+    tuning: Tuning,
 }
 
 /// Pages of all layers.
@@ -61,7 +72,12 @@ impl<D: Device> CudaKv<D> {
 impl<D: Device> Cuda<D> {
     /// A backend on `device`; `records`: repeated decode steps become recorded programs.
     pub fn new(device: Arc<D>, records: bool) -> Cuda<D> {
-        Cuda { device, records }
+        Cuda { device, records, tuning: Tuning::default() }
+    }
+
+    /// With other choices between equivalent launches, for measurements.
+    pub fn tuned(self, tuning: Tuning) -> Cuda<D> {
+        Cuda { tuning, ..self }
     }
 
     /// The device.
@@ -85,24 +101,26 @@ impl<D: Device> Cuda<D> {
     fn count(w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) {
         let (units, ffn) = (w.spec.num_kv_heads, u64::from(w.spec.ffn_size));
         let piece = s.shape.layer_page_bytes() / s.shape.kv_heads as u64;
+        let layers = s.shape.layers as u64;
         s.counts.fill(Counts::default());
         s.kv_bytes = (0, 0);
-        for (i, seq) in step.seqs.iter().enumerate().take_while(|(_, q)| q.decode) {
-            let first = w.spec.window.map_or(0, |n| seq.context.saturating_sub(n));
-            let bytes = u64::from((seq.context - 1) / 16 + 1 - first / 16) * piece;
-            let c = &mut s.counts[i];
-            for layer in 0..s.shape.layers {
-                let run = if step.plan.attn_sparse(layer) { step.plan.attn_k(layer, i) } else { units };
-                c.attn_run += u64::from(run);
-                c.attn_total += u64::from(units);
-                s.kv_bytes.0 += u64::from(run) * bytes;
-                s.kv_bytes.1 += u64::from(units) * bytes;
-                c.mlp_run += match step.plan.mlp_rule(layer).of(seq.mlp) {
+        for layer in 0..s.shape.layers {
+            let rule = step.plan.mlp_rule(layer);
+            for (i, seq) in step.seqs.iter().enumerate().take_while(|(_, q)| q.decode) {
+                let c = &mut s.counts[i];
+                c.attn_run += u64::from(step.plan.attn_k(layer, i));
+                c.mlp_run += match rule.of(seq.mlp) {
                     Rule::TopK(k) if !w.spec.activation.gated() => u64::from(k).min(ffn),
                     _ => ffn,
                 };
-                c.mlp_total += ffn;
             }
+        }
+        for (c, seq) in s.counts.iter_mut().zip(&step.seqs).take_while(|(_, q)| q.decode) {
+            (c.attn_total, c.mlp_total) = (layers * u64::from(units), layers * ffn);
+            let first = w.spec.window.map_or(0, |n| seq.context.saturating_sub(n));
+            let bytes = u64::from((seq.context - 1) / 16 + 1 - first / 16) * piece;
+            s.kv_bytes.0 += c.attn_run * bytes;
+            s.kv_bytes.1 += c.attn_total * bytes;
         }
     }
 }
@@ -162,41 +180,49 @@ impl<D: Device> Backend for Cuda<D> {
         r: Option<&Self::Routers>,
         limits: &Limits,
     ) -> Result<Self::Scratch> {
-        CudaScratch::new(&self.device, w, r, limits)
+        let mut scratch = CudaScratch::new(&self.device, w, r, limits)?;
+        scratch.kernels.tuning = self.tuning;
+        Ok(scratch)
     }
 
     fn begin(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
-        s.check(step, s.limits.pages)?;
+        // A host that gave up in the middle of a step left a recording open.
+        self.stop_recording(s);
+        s.check(step)?;
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
         }
-        let tile = s.kernels.tile_tokens();
-        s.tables.fill(step, w.spec.num_kv_heads, w.spec.window, tile)?;
-        s.tables.upload(&*self.device, step)?;
-        self.device.zero(s.buffers.nan_count, 4)?;
-        s.routed = None;
-        s.host_choices.fill(None);
+        s.tables.send(step, w.spec.num_kv_heads, w.spec.window)?;
+        s.sampling.clear()?;
+        s.scored = None;
+        s.heads_selected = None;
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
     }
 
-    fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
-        self.run_embed(w, s, step)
+    fn embed(&self, w: &Self::Weights, s: &mut Self::Scratch, _: &Step) -> Result<()> {
+        self.stage(s, |s| self.run_embed(w, s))
     }
 
     fn project(
         &self,
         w: &Self::Weights,
+        r: Option<&Self::Routers>,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
         step: &Step,
         layer: usize,
     ) -> Result<()> {
-        layer_of(w, layer)?;
-        if layer == 0 && step.pages.iter().any(|&p| p as usize >= kv.pages) {
-            return Err(Error::invalid("step: a page is not in the cache"));
-        }
-        self.run_project(w, kv, s, step, layer)
+        self.stage(s, |s| {
+            layer_of(w, layer)?;
+            if s.limits.pages > kv.pages {
+                return Err(Error::invalid(format!(
+                    "the engine was made for {} pages, the cache has {}",
+                    s.limits.pages, kv.pages
+                )));
+            }
+            self.run_project(w, r, kv, s, step, layer)
+        })
     }
 
     fn route(
@@ -207,11 +233,11 @@ impl<D: Device> Backend for Cuda<D> {
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        self.run_route(r, s, step, layer, site)
+        self.stage(s, |s| self.run_route(r, s, step, layer, site))
     }
 
     fn select(&self, s: &mut Self::Scratch, step: &Step, layer: usize, site: Site) -> Result<()> {
-        self.run_select(s, step, layer, site)
+        self.stage(s, |s| self.run_select(s, step, layer, site))
     }
 
     fn attend(
@@ -219,12 +245,14 @@ impl<D: Device> Backend for Cuda<D> {
         w: &Self::Weights,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
-        step: &Step,
+        _: &Step,
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        layer_of(w, layer)?;
-        self.run_attend(w, kv, s, step, layer, live)
+        self.stage(s, |s| {
+            layer_of(w, layer)?;
+            self.run_attend(w, kv, s, layer, live)
+        })
     }
 
     fn mlp(
@@ -235,52 +263,34 @@ impl<D: Device> Backend for Cuda<D> {
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        layer_of(w, layer)?;
-        self.run_mlp(w, s, step, layer, live)
+        self.stage(s, |s| {
+            layer_of(w, layer)?;
+            self.run_mlp(w, s, step, layer, live)
+        })
     }
 
-    fn logits(&self, w: &Self::Weights, s: &mut Self::Scratch, step: &Step) -> Result<()> {
-        self.run_logits(w, s, step)
+    fn logits(&self, w: &Self::Weights, s: &mut Self::Scratch, _: &Step) -> Result<()> {
+        self.stage(s, |s| self.run_logits(w, s))?;
+        self.finish_recording(s)
     }
 
     fn sample(&self, s: &mut Self::Scratch, step: &Step, history: &dyn History) -> Result<()> {
-        // The likeliest token is known on the device. Anything else is sampled here, by the code all
-        // backends share, from a copy of the row.
         for seq in step.seqs.iter().filter(|q| q.sample && q.logits != NO_LOGITS) {
-            let params = history.params(seq.slot);
-            if params.temperature == 0.0 && !params.penalises() && params.n_logprobs == 0 {
-                continue;
-            }
-            let i = seq.logits as usize;
-            let mut logits = std::mem::take(&mut s.host_logits);
-            let copied = self.read_logits(s, i, &mut logits);
-            let (tokens, prompt) = history.tokens(seq.slot);
-            let mut choice =
-                HostChoice { sampled: Sampled::default(), top: [(0, 0.0); sample::MAX_LOGPROBS] };
-            let mut n_top = 0;
-            let put = |token, logprob| {
-                choice.top[n_top] = (token, logprob);
-                n_top += 1;
-            };
-            let chosen = sample::sample(&logits, tokens, prompt, params, &mut s.sampler, put);
-            s.host_logits = logits;
-            copied?;
-            match chosen {
-                Some(c) => {
-                    choice.sampled.token = c.token;
-                    choice.sampled.logprob = c.logprob;
-                    choice.sampled.n_top = n_top as u32;
-                }
-                None => choice.sampled.broken = true,
-            }
-            s.host_choices[i] = Some(choice);
+            let (tokens, prompt_len) = history.tokens(seq.slot);
+            s.sampling.add(&Request {
+                row: seq.logits as usize,
+                sequence: history.id(seq.slot),
+                tokens,
+                prompt_len,
+                params: history.params(seq.slot),
+            })?;
         }
-        Ok(())
+        s.sampling.run(s.buffers.logits)
     }
 
-    fn end(&self, _: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
+    fn end(&self, s: &mut Self::Scratch, _: &Step, report: &mut Report) -> Result<()> {
         report.clear();
-        Ok(())
+        s.sampling.fetch()
     }
 
     fn poll(&self, s: &mut Self::Scratch, step: &Step, report: &mut Report, timeout_ns: u64) -> Result<bool> {
@@ -288,37 +298,9 @@ impl<D: Device> Backend for Cuda<D> {
             return Ok(false);
         }
         report.clear();
-        let n = step.logit_rows.len();
-        // Tokens, log probabilities and the NaN count lie one after another.
-        let span = (s.buffers.nan_count.0 - s.buffers.token.0) as usize + 4;
-        let mut bytes = try_vec(span, 0u8, "sampled tokens")?;
-        self.device.copy_out(&mut bytes, s.buffers.token)?;
-        let word = |at: usize| {
-            let mut w = [0; 4];
-            w.copy_from_slice(&bytes[at..at + 4]);
-            w
-        };
-        let logprobs = (s.buffers.logprob.0 - s.buffers.token.0) as usize;
-        for i in 0..n {
-            if let Some(choice) = &s.host_choices[i] {
-                let mut sampled = choice.sampled;
-                sampled.first_top = report.top.len() as u32;
-                report.top.extend_from_slice(&choice.top[..sampled.n_top as usize]);
-                report.sampled.push(sampled);
-                continue;
-            }
-            let logprob = f32::from_le_bytes(word(logprobs + 4 * i));
-            report.sampled.push(Sampled {
-                token: u32::from_le_bytes(word(4 * i)),
-                logprob: if logprob.is_nan() { 0.0 } else { logprob },
-                broken: logprob.is_nan(),
-                ..Sampled::default()
-            });
-        }
-        report.nan_scores = u64::from(u32::from_le_bytes(word(span - 4)));
+        s.sampling.report(step.logit_rows.len(), report);
         report.counts.extend_from_slice(&s.counts[..step.seqs.len()]);
         (report.kv_bytes_read, report.kv_bytes_dense) = s.kv_bytes;
-        debug_assert!(report.nan_scores != u64::from(NONE));
         Ok(true)
     }
 

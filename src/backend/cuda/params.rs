@@ -21,6 +21,10 @@ impl Ptr {
 pub const NONE: u32 = u32::MAX;
 /// Virtual pages that opening a segment of a sequence costs.
 pub const SEGMENT_COST: u32 = 2;
+/// Bins of a row's first histogram when sampling.
+pub const SAMPLE_BINS: usize = 2048;
+/// Tokens of a row's list of candidates.
+pub const SAMPLE_LIST: usize = 4096;
 
 /// A struct that a kernel takes by value.
 ///
@@ -53,22 +57,29 @@ params! {
         rows: u32, hidden: u32, epsilon: f32,
     }
     /// See the header.
-    LinearParams { x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32 }
+    LinearParams {
+        x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32,
+    }
     /// See the header.
-    QkvParams {
-        qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
-        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32,
+    DownParams {
+        up: Partial, up_bias: Ptr, w: Ptr, index: Ptr, out: Ptr,
+        rows: u32, n: u32, k: u32, valid: u32, splits: u32,
     }
     /// See the header.
     SelectParams {
         logits: Partial, bias: Ptr, keep: Ptr, selected: Ptr, attention: Ptr, nan_count: Ptr,
-        rows: u32, units: u32, unit_width: u32,
+        rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32,
+    }
+    /// See the header.
+    QkvParams {
+        qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
+        q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32, select: SelectParams,
     }
     /// See the header.
     DecodeParams {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, parts: Ptr, counters: Ptr,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, scale: f32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, segment_cost: u32, early: u32, scale: f32,
     }
     /// See the header.
     PrefillTile { first_row: u32, tokens: u32, position: u32, context: u32, first_page: u32 }
@@ -82,12 +93,33 @@ params! {
         rows: u32, n: u32, valid: u32, kind: u32,
     }
     /// See the header.
+    RouterParams {
+        z: Ptr, w: Ptr, scores: Ptr, group: Ptr, rows: u32, n: u32, rank: u32, first_group: u32,
+    }
+    /// See the header.
     NeuronParams {
-        logits: Partial, scores: Ptr, group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
         rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
     }
     /// See the header.
     ArgmaxParams { logits: Ptr, token: Ptr, logprob: Ptr, parts: Ptr, counters: Ptr, vocab: u32 }
+    /// See the header.
+    SampleJob {
+        uniform: f64, row: u32, occurrences: u32, repetition: f32, presence: f32, frequency: f32,
+        inverse: f32, floor: f32, bin_scale: f32, top_k: u32, top_p: f32, kind: u32, reserved: u32,
+    }
+    /// See the header.
+    SampleState {
+        best: u64, before: u64, total: u64, bin: u32, listed: u32, arrived: u32, reserved: u32,
+    }
+    /// See the header.
+    SampleParams {
+        logits: Ptr, jobs: Ptr, occurrences: Ptr, likeliest: Ptr, likeliest_logprob: Ptr, token: Ptr,
+        logprob: Ptr, top_token: Ptr, top_logprob: Ptr, states: Ptr, bins: Ptr, list: Ptr,
+        vocab: u32, index_bits: u32, first_job: u32, reserved: u32,
+    }
+    /// See the header.
+    CountParams { entries: Ptr, occurrences: Ptr, count: u32, vocab: u32 }
     /// See the header.
     TransposeParams { input: Ptr, out: Ptr, in_rows: u32, columns: u32, out_columns: u32, first: u32 }
     /// See the header.
@@ -99,21 +131,27 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 16] {
+pub fn sizes() -> [usize; 22] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
         s::<EmbedParams>(),
         s::<NormParams>(),
         s::<LinearParams>(),
+        s::<DownParams>(),
         s::<QkvParams>(),
         s::<SelectParams>(),
         s::<DecodeParams>(),
         s::<PrefillTile>(),
         s::<PrefillParams>(),
         s::<ActivateParams>(),
+        s::<RouterParams>(),
         s::<NeuronParams>(),
         s::<ArgmaxParams>(),
+        s::<SampleJob>(),
+        s::<SampleState>(),
+        s::<SampleParams>(),
+        s::<CountParams>(),
         s::<TransposeParams>(),
         s::<ConvertParams>(),
         s::<StreamParams>(),

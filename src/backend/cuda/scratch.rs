@@ -1,16 +1,17 @@
 //! Activations, sums, selections and tables of an engine on the device, sized once.
 
+use super::buckets::buckets;
 use super::device::Device;
-use super::launch::{ARGMAX_PIECES, Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
 use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
+use super::sampling::Sampling;
 use super::shape::Shape;
 use super::tables::Tables;
 use super::weights::{CudaRouters, CudaWeights};
-use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
+use crate::backend::{Limits, PAGE_TOKENS, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::Position;
-use crate::sample::{self, MAX_LOGPROBS};
 use crate::sparsity::Counts;
 use std::sync::Arc;
 
@@ -31,17 +32,13 @@ pub(super) struct Buffers {
     pub(super) sums: Ptr,
     /// Sums that the next norm adds to the residual stream.
     pub(super) delta: Ptr,
-    /// Sums of a router, until its selection.
+    /// Random scores of the heads, until their selection.
     pub(super) scores: Ptr,
+    /// Sums of the MLP router's products, which run beside the others.
+    pub(super) router_sums: Ptr,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
     pub(super) logits: Ptr,
-    pub(super) token: Ptr,
-    pub(super) logprob: Ptr,
-    pub(super) nan_count: Ptr,
-    /// Pieces of the argmax, and how many have arrived.
-    pub(super) top_parts: Ptr,
-    pub(super) top_counters: Ptr,
     /// Neuron scores `[groups][ffn]`.
     pub(super) neuron_scores: Ptr,
     /// u16 `[batch][kv_heads]`.
@@ -73,45 +70,34 @@ pub(super) enum Mode {
     Replay(u64),
 }
 
-/// A token the host sampled.
-#[derive(Clone, Copy)]
-pub(super) struct HostChoice {
-    pub(super) sampled: Sampled,
-    pub(super) top: [(u32, f32); MAX_LOGPROBS],
-}
-
 /// See the module.
 pub struct CudaScratch<D: Device> {
     pub(super) device: Arc<D>,
     _memory: Memory<D>,
     pub(super) limits: Limits,
     pub(super) buffers: Buffers,
-    pub(super) tables: Tables,
+    pub(super) tables: Tables<D>,
     pub(super) kernels: Kernels,
     pub(super) shape: Shape,
     pub(super) pending: Pending,
     pub(super) mode: Mode,
-    /// Recorded steps by key, oldest first; and the keys seen once.
+    /// Recorded steps by key, the one used last at the end; and keys seen once, oldest first.
     pub(super) programs: Vec<(u64, u64)>,
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
     pub(super) kv_bytes: (u64, u64),
-    /// Layer whose router sums are in `scores`.
-    pub(super) routed: Option<(usize, Partial)>,
-    /// Bias of that router.
-    pub(super) router_bias: Ptr,
-    /// By entry of `Step::logit_rows`: what the host sampled.
-    pub(super) host_choices: Vec<Option<HostChoice>>,
-    pub(super) host_logits: Vec<f32>,
-    pub(super) sampler: sample::Scratch,
+    /// Layer whose neuron scores are made.
+    pub(super) scored: Option<usize>,
+    /// Layer whose heads were selected together with its projection.
+    pub(super) heads_selected: Option<usize>,
+    pub(super) sampling: Sampling<D>,
 }
 
-/// The largest sum a product of this shape leaves, in floats, over every row count that can occur.
-fn sums(rows: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
-    let rows = rows as u32;
-    let tiled = (SKINNY_ROWS + 1..=rows).step_by(64).chain([rows]);
-    let counts = (1..=rows.min(SKINNY_ROWS)).chain(tiled);
-    counts.map(|r| of(r) as usize * r as usize * n).max().unwrap_or(0)
+/// The largest sum a product of this shape leaves, in floats, over every row count that can occur:
+/// `rows` and `batch` are the most of a step, and each buckets of their own.
+fn sums(rows: usize, batch: usize, of: impl Fn(u32) -> u32, n: usize) -> usize {
+    let counts = buckets(rows).chain(buckets(batch));
+    counts.map(|r| of(r as u32) as usize * r * n).max().unwrap_or(0)
 }
 
 impl<D: Device> CudaScratch<D> {
@@ -125,8 +111,7 @@ impl<D: Device> CudaScratch<D> {
         if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
-        let group = s.heads / s.kv_heads;
-        let mut tables = Tables::new(limits, s.layers, group)?;
+        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens())?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
@@ -152,20 +137,22 @@ impl<D: Device> CudaScratch<D> {
             seen: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
-            routed: None,
-            router_bias: Ptr::NULL,
-            host_choices: try_vec(limits.max_batch, None, "sampled tokens")?,
-            host_logits: try_vec(s.vocab, 0.0, "logits")?,
-            sampler: sample::Scratch::new(s.vocab)?,
+            scored: None,
+            heads_selected: None,
+            sampling: Sampling::new(device, k, limits.max_batch, s.vocab)?,
         })
     }
 }
 
-/// Most recorded steps kept; the oldest goes first.
-pub(super) const MAX_PROGRAMS: usize = 128;
+/// Most recorded steps kept; the one used longest ago goes first. A server whose batch moves between 1
+/// and 256 has 15 buckets, times the few density settings it uses.
+pub(super) const MAX_PROGRAMS: usize = 64;
 
 impl<D: Device> Drop for CudaScratch<D> {
     fn drop(&mut self) {
+        if let Mode::Record(_) = self.mode {
+            self.device.unrecord();
+        }
         for (_, program) in &self.programs {
             self.device.forget(*program);
         }
@@ -178,11 +165,11 @@ fn places<D: Device>(
     r: Option<&CudaRouters<D>>,
     limits: &Limits,
     position: &Position,
-    tables: &Tables,
+    tables: &Tables<D>,
     p: &mut Places,
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
-    let forward = |n: usize, k_size: usize| sums(rows, |r| k.linear(r, n as u32, k_size as u32).1, n);
+    let forward = |n: usize, k_size: usize| sums(rows, batch, |r| k.linear(r, n as u32, k_size as u32).1, n);
     let (mut first, mut down) = (forward(s.first(), d), 0);
     if s.gated {
         down = forward(d, s.neurons);
@@ -190,21 +177,23 @@ fn places<D: Device>(
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
             for r in [8, 16, 32, SKINNY_ROWS].map(|r| r.min(rows as u32)) {
-                first = first.max(k.linear(r, kept as u32, d as u32).1 as usize * r as usize * kept);
+                let (n, d) = (kept as u32, d as u32);
+                let splits = k.linear_up(r, n, d).1.max(k.linear(r, n, d).1);
+                first = first.max(splits as usize * r as usize * kept);
             }
         }
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
-        down = down.max(sums(rows, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
+        down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
-    let mut scores = batch * s.kv_heads;
-    let mut rank = 0;
+    let (mut rank, mut router_sums, mut qkv) = (0, 0, forward(s.qkv(), d));
     for l in r.map_or(&[][..], |r| &r.layers) {
         if l.attn_rows > 0 {
-            scores = scores.max(forward(l.attn_rows, d));
+            let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
+            qkv = qkv.max(apart).max(forward(s.qkv() + l.attn_room(), d));
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
-            scores = scores.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
+            router_sums = router_sums.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
         }
     }
     let has_mlp = rank > 0;
@@ -221,22 +210,18 @@ fn places<D: Device>(
         attention: p.take(rows * s.q(), 2),
         y: p.take(rows * s.neurons, 2),
         z: p.take(rows * rank, 2),
-        sums: p.take(forward(s.qkv(), d).max(first), 4),
+        sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
-        scores: p.take(scores, 4),
+        scores: p.take(batch * s.kv_heads, 4),
+        router_sums: p.take(router_sums, 4),
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
         logits: p.take(batch * s.vocab, 4),
-        token: p.take(batch, 4),
-        logprob: p.take(batch, 4),
-        nan_count: p.take(1, 4),
-        top_parts: p.take(batch * 3 * ARGMAX_PIECES as usize, 4),
-        top_counters: p.take(batch, 4),
         neuron_scores: p.take(if has_mlp { (batch + 1) * s.ffn } else { 0 }, 4),
         selected: p.take(batch * s.kv_heads, 2),
         index: p.take(if has_mlp { s.neurons } else { 0 }, 4),
         masks: p.take(if has_mlp { (batch + 1) * words } else { 0 }, 4),
-        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 2), 4),
+        parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
         tables: p.take(tables.bytes() as usize, 1),
@@ -266,8 +251,8 @@ fn rotation<D: Device>(device: &D, inv_freq: &[f32], s: &Shape, positions: usize
 
 impl<D: Device> CudaScratch<D> {
     /// Whether a step fits what was sized.
-    pub(super) fn check(&self, step: &Step, pages: usize) -> Result<()> {
-        let rows = step.tokens.len();
+    pub(super) fn check(&self, step: &Step) -> Result<()> {
+        let (rows, pages) = (step.tokens.len(), self.limits.pages);
         let bad = |what: &str| Err(Error::invalid(format!("step: {what}")));
         if rows > self.limits.max_rows || step.positions.len() != rows {
             return bad("more rows than the engine was made for");
@@ -277,6 +262,15 @@ impl<D: Device> CudaScratch<D> {
         }
         if step.tokens.iter().any(|&t| t as usize >= self.shape.vocab) {
             return bad("a token is not in the vocabulary");
+        }
+        if let Some(places) = self.shape.learned_positions
+            && let Some(p) =
+                step.positions.iter().find(|&&p| (p + self.shape.position_offset) as usize >= places)
+        {
+            return Err(Error::invalid(format!(
+                "position {p}, the model has {}",
+                places - self.shape.position_offset as usize
+            )));
         }
         if step.logit_rows.iter().any(|&r| r as usize >= rows) {
             return bad("logits of a row that is not there");

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Position};
 
 /// Head sizes with kernels for prompts and decoding.
-const HEAD_DIMS: [usize; 4] = [64, 80, 96, 128];
+const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -28,7 +28,9 @@ pub(super) struct Shape {
     /// As stored here.
     pub(super) neurons: usize,
     pub(super) gated: bool,
+    /// Rows of the position table, and what is added to a position to find its row.
     pub(super) learned_positions: Option<usize>,
+    pub(super) position_offset: u32,
 }
 
 impl Shape {
@@ -43,7 +45,7 @@ impl Shape {
         };
         let head_dim = spec.head_dim as usize;
         let hd = HEAD_DIMS.into_iter().find(|&h| h >= head_dim).ok_or_else(|| {
-            Error::unsupported(format!("head size {head_dim} on a CUDA device: at most 128 is built"))
+            Error::unsupported(format!("head size {head_dim} on a CUDA device: at most 256 is built"))
         })?;
         if !spec.hidden_size.is_multiple_of(8) {
             return Err(Error::unsupported(format!(
@@ -66,6 +68,10 @@ impl Shape {
             learned_positions: match spec.position {
                 Position::Learned { offset } => Some(spec.max_positions as usize + offset as usize),
                 Position::Rope { .. } => None,
+            },
+            position_offset: match spec.position {
+                Position::Learned { offset } => offset,
+                Position::Rope { .. } => 0,
             },
         })
     }

@@ -5,34 +5,40 @@ use super::device::{Device, start};
 use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
-use super::tables::Groups;
-use super::weights::{CudaRouters, CudaWeights, Pair};
+use super::weights::{CudaRouters, CudaWeights, LayerRouters, Pair};
 use super::{Cuda, CudaKv};
 use crate::backend::{Live, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::model::{Activation, Norm, Position};
 use crate::sparsity::select::random_score;
-use crate::sparsity::{Rule, Site, Source};
+use crate::sparsity::{Site, Source};
 
 impl<D: Device> Cuda<D> {
-    fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
-        if launch.grid.0 == 0 || matches!(s.mode, Mode::Replay(_)) {
+    pub(super) fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
+        debug_assert!(!matches!(s.mode, Mode::Replay(_)), "a program has this stage");
+        if launch.grid.0 == 0 {
             return Ok(());
         }
         start(&*self.device, launch, params)
     }
 
     /// Hands a product of many rows to the device's library, if it has one.
-    fn by_library(&self, s: &CudaScratch<D>, params: &LinearParams, transposed: bool) -> Result<bool> {
+    fn by_library(
+        &self,
+        s: &CudaScratch<D>,
+        params: &LinearParams,
+        transposed: bool,
+        own: &Launch,
+    ) -> Result<bool> {
         let many = params.rows > LIBRARY_ROWS || params.n >= LIBRARY_COLUMNS || transposed;
-        if !many || params.index != Ptr::NULL || matches!(s.mode, Mode::Replay(_)) {
+        if !many || params.index != Ptr::NULL {
             return Ok(false);
         }
-        self.device.product(params, transposed, s.shape.dtype)
+        self.device.product(params, transposed, s.shape.dtype, Some(own))
     }
 
     /// `x` times a matrix stored `[n, k]`, sums to `out`.
-    fn product(
+    pub(super) fn product(
         &self,
         s: &CudaScratch<D>,
         (x, w, index): (Ptr, Ptr, Ptr),
@@ -40,8 +46,8 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear(rows, n, k);
-        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
-        if self.by_library(s, &params, false)? {
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() };
+        if self.by_library(s, &params, false, &launch)? {
             params.splits = 1;
         } else {
             self.go(s, &launch, &params)?;
@@ -51,7 +57,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// The same for a matrix stored `[k, n]`.
-    fn product_transposed(
+    pub(super) fn product_transposed(
         &self,
         s: &CudaScratch<D>,
         (x, w, index): (Ptr, Ptr, Ptr),
@@ -59,8 +65,8 @@ impl<D: Device> Cuda<D> {
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear_transposed(rows, n, k);
-        let mut params = LinearParams { x, w, index, out, rows, n, k, splits };
-        if self.by_library(s, &params, true)? {
+        let mut params = LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() };
+        if self.by_library(s, &params, true, &launch)? {
             params.splits = 1;
         } else {
             self.go(s, &launch, &params)?;
@@ -70,11 +76,10 @@ impl<D: Device> Cuda<D> {
     }
 
     /// Adds the pending sums to the residual stream and norms it.
-    fn norm(
+    pub(super) fn norm(
         &self,
         w: &CudaWeights<D>,
         s: &mut CudaScratch<D>,
-        step: &Step,
         weights: Pair,
         (out, map, rows): (Ptr, Ptr, u32),
     ) -> Result<()> {
@@ -87,23 +92,14 @@ impl<D: Device> Cuda<D> {
             bias: if w.spec.norm == Norm::Layer { weights.bias } else { Ptr::NULL },
             out,
             row_map: map,
-            rows: step.tokens.len() as u32,
+            rows: s.tables.rows().all,
             hidden: s.shape.hidden as u32,
             epsilon: w.spec.norm_eps,
         };
         self.go(s, &s.kernels.norm(rows, s.shape.hidden as u32), &params)
     }
 
-    pub(super) fn run_embed(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) -> Result<()> {
-        let offset = match w.spec.position {
-            Position::Learned { offset } => offset,
-            Position::Rope { .. } => 0,
-        };
-        if let Some(rows) = s.shape.learned_positions
-            && let Some(p) = step.positions.iter().find(|&&p| (p + offset) as usize >= rows)
-        {
-            return Err(Error::invalid(format!("position {p}, the model has {}", w.spec.max_positions)));
-        }
+    pub(super) fn run_embed(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>) -> Result<()> {
         s.pending = Pending::default();
         let params = EmbedParams {
             tokens: s.tables.tokens(),
@@ -112,25 +108,37 @@ impl<D: Device> Cuda<D> {
             position_table: w.shared.positions,
             residual: s.buffers.residual,
             hidden: s.shape.hidden as u32,
-            position_offset: offset,
+            position_offset: s.shape.position_offset,
         };
-        self.go(s, &s.kernels.embed(step.tokens.len() as u32), &params)
+        self.go(s, &s.kernels.embed(s.tables.rows().all), &params)
     }
 
     pub(super) fn run_project(
         &self,
         w: &CudaWeights<D>,
+        r: Option<&CudaRouters<D>>,
         kv: &CudaKv<D>,
         s: &mut CudaScratch<D>,
         step: &Step,
         layer: usize,
     ) -> Result<()> {
-        let (l, rows) = (&w.layers[layer], step.tokens.len() as u32);
+        let (l, rows) = (&w.layers[layer], s.tables.rows().all);
         let b = s.buffers;
-        self.norm(w, s, step, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        self.fork(s, step, layer)?;
+        let router = r.and_then(|r| r.layers.get(layer)).filter(|l| {
+            let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
+            l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
+        });
+        let (qkv, logits) = self.project_qkv(s, l.qkv.weight, router, rows, s.tables.rows().decode)?;
+        let select = match router.zip(logits) {
+            Some((router, logits)) => {
+                s.heads_selected = Some(layer);
+                self.selection(s, layer, logits, (router.attn.bias, router.attn_rows as u32))
+            }
+            None => SelectParams::default(),
+        };
         let shape = &s.shape;
-        let size = (rows, shape.qkv() as u32, shape.hidden as u32);
-        let qkv = self.product(s, (b.h, l.qkv.weight, Ptr::NULL), size, b.sums)?;
         let params = QkvParams {
             qkv,
             bias: l.qkv.bias,
@@ -147,8 +155,78 @@ impl<D: Device> Cuda<D> {
             head_dim: shape.hd as u32,
             norm_dim: shape.head_dim as u32,
             epsilon: w.spec.norm_eps,
+            select,
         };
-        self.go(s, &s.kernels.qkv(rows, (shape.heads + 2 * shape.kv_heads) as u32), &params)
+        let heads = (shape.heads + 2 * shape.kv_heads) as u32;
+        self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit), &params)
+    }
+
+    /// Sums of q, k and v, and of the router if there is one with the rows they are for: in one product
+    /// where that is ours, since the router's few columns hardly show there.
+    fn project_qkv(
+        &self,
+        s: &CudaScratch<D>,
+        w: Ptr,
+        router: Option<&LayerRouters>,
+        rows: u32,
+        sequences: u32,
+    ) -> Result<(Partial, Option<(Partial, u32)>)> {
+        let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
+        let Some(router) = router else {
+            return Ok((self.product(s, (b.h, w, Ptr::NULL), (rows, first, k), b.sums)?, None));
+        };
+        let n = first + router.attn_room() as u32;
+        let (launch, splits) = s.kernels.linear(rows, n, k);
+        let (own, own_splits) = s.kernels.linear(rows, first, k);
+        let alone = LinearParams {
+            x: b.h,
+            w,
+            out: b.sums,
+            rows,
+            n: first,
+            k,
+            splits: own_splits,
+            ..Default::default()
+        };
+        let taken = self.by_library(s, &alone, false, &own)?;
+        if !taken && rows <= SKINNY_ROWS {
+            self.go(s, &launch, &LinearParams { n, splits, more: router.attn.weight, first, ..alone })?;
+            let qkv = Partial { data: b.sums, splits, columns: n };
+            return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
+        }
+        let qkv = if taken {
+            Partial { data: b.sums, splits: 1, columns: first }
+        } else {
+            self.product(s, (b.h, w, Ptr::NULL), (rows, first, k), b.sums)?
+        };
+        let (size, behind) = ((sequences, router.attn_rows as u32, k), qkv.splits * rows * first);
+        let out = b.sums.offset(4 * u64::from(behind));
+        let logits = self.product(s, (b.h, router.attn.weight, Ptr::NULL), size, out)?;
+        Ok((qkv, Some((logits, sequences))))
+    }
+
+    /// What to select the heads of a layer by.
+    fn selection(
+        &self,
+        s: &CudaScratch<D>,
+        layer: usize,
+        (logits, rows): (Partial, u32),
+        (bias, columns): (Ptr, u32),
+    ) -> SelectParams {
+        let (units, b) = (s.shape.kv_heads as u32, s.buffers);
+        SelectParams {
+            logits,
+            bias,
+            keep: s.tables.plan(s.tables.layer_plan[layer]).0,
+            selected: b.selected,
+            attention: b.attention,
+            nan_count: s.sampling.nan_count(),
+            rows,
+            sequences: s.tables.rows().decode,
+            units,
+            per_unit: columns / units,
+            unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
+        }
     }
 
     pub(super) fn run_route(
@@ -161,37 +239,12 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let missing = || Error::invalid(format!("layer {layer} has no {site:?} router"));
         let l = r.layers.get(layer).ok_or_else(missing)?;
-        let (rows, d, b) = (step.n_decode() as u32, s.shape.hidden as u32, s.buffers);
-        let scores = match site {
-            Site::Attn => {
-                if l.attn_rows == 0 {
-                    return Err(missing());
-                }
-                let size = (rows, l.attn_rows as u32, d);
-                s.router_bias = l.attn.bias;
-                self.product(s, (b.h, l.attn.weight, Ptr::NULL), size, b.scores)?
-            }
-            Site::Mlp => {
-                if l.rank == 0 {
-                    return Err(missing());
-                }
-                let rank = l.rank as u32;
-                let narrow = self.product(s, (b.h, l.down, Ptr::NULL), (rows, rank, d), b.scores)?;
-                let z = ActivateParams {
-                    input: narrow,
-                    out: b.z,
-                    rows,
-                    n: rank,
-                    valid: rank,
-                    kind: 3,
-                    ..Default::default()
-                };
-                self.go(s, &s.kernels.activate(rows, rank), &z)?;
-                self.product(s, (b.z, l.up, Ptr::NULL), (rows, s.shape.neurons as u32, rank), b.scores)?
-            }
-        };
-        s.routed = Some((layer, scores));
-        Ok(())
+        match site {
+            // Its rows went with the projection.
+            Site::Attn if s.heads_selected == Some(layer) => Ok(()),
+            Site::Mlp if l.rank > 0 => self.route_neurons(l, s, step, layer),
+            _ => Err(missing()),
+        }
     }
 
     pub(super) fn run_select(
@@ -201,60 +254,22 @@ impl<D: Device> Cuda<D> {
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        let unrouted = || Error::invalid(format!("layer {layer}: no {site:?} router sums"));
-        let routed = s.routed.take().filter(|r| r.0 == layer).map(|r| r.1);
-        let (rows, b) = (step.n_decode() as u32, s.buffers);
-        match site {
-            Site::Attn => {
-                let units = s.shape.kv_heads as u32;
-                let (logits, bias) = match step.plan.source {
-                    Source::Router => (routed.ok_or_else(unrouted)?, s.router_bias),
-                    Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
-                    Source::Random { seed } => {
-                        self.random_scores(s, step, layer, seed)?;
-                        (Partial { data: b.scores, splits: 1, columns: units }, Ptr::NULL)
-                    }
-                };
-                let params = SelectParams {
-                    logits,
-                    bias,
-                    keep: s.tables.plan(s.tables.layer_plan[layer]).0,
-                    selected: b.selected,
-                    attention: b.attention,
-                    nan_count: b.nan_count,
-                    rows,
-                    units,
-                    unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
-                };
-                self.go(s, &s.kernels.select_heads(rows), &params)
-            }
-            Site::Mlp => {
-                let logits = routed.ok_or_else(unrouted)?;
-                let Some(which) = s.tables.layer_groups(step, layer) else { return Ok(()) };
-                let rule = step.plan.mlp_rule(layer);
-                let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
-                let (first_group, groups) = match which {
-                    Groups::Both => (0, 1 + s.tables.n_invariant),
-                    Groups::Reference => (0, 1),
-                    Groups::Invariant => (1, s.tables.n_invariant),
-                };
-                let params = NeuronParams {
-                    logits,
-                    scores: b.neuron_scores,
-                    group: s.tables.groups(which),
-                    index: b.index,
-                    masks: b.masks,
-                    nan_count: b.nan_count,
-                    rows,
-                    n: s.shape.ffn as u32,
-                    keep0: keep(rule.reference),
-                    keep_other: keep(rule.invariant),
-                    first_group,
-                };
-                self.go(s, &s.kernels.neuron_scores(groups, s.shape.ffn as u32), &params)?;
-                self.go(s, &s.kernels.select_neurons(groups, s.shape.ffn as u32), &params)
-            }
+        if site == Site::Mlp {
+            return self.select_neurons(s, step, layer);
         }
+        if s.heads_selected == Some(layer) {
+            return Ok(());
+        }
+        let (rows, units, b) = (s.tables.rows().decode, s.shape.kv_heads as u32, s.buffers);
+        let seed = match step.plan.source {
+            Source::Router => return Err(Error::invalid(format!("layer {layer}: no {site:?} router sums"))),
+            Source::Oracle => return Err(Error::unsupported("selection by oracle on a CUDA device")),
+            Source::Random { seed } => seed,
+        };
+        self.random_scores(s, step, layer, seed)?;
+        let logits = Partial { data: b.scores, splits: 1, columns: units };
+        let params = self.selection(s, layer, (logits, rows), (Ptr::NULL, units));
+        self.go(s, &s.kernels.select_heads(rows, units), &params)
     }
 
     /// Scores of [`Source::Random`], made on the host.
@@ -273,14 +288,13 @@ impl<D: Device> Cuda<D> {
         w: &CudaWeights<D>,
         kv: &CudaKv<D>,
         s: &mut CudaScratch<D>,
-        step: &Step,
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        let (l, rows, b) = (&w.layers[layer], step.tokens.len() as u32, s.buffers);
+        let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
         let (heads, kv_heads) = (s.shape.heads as u32, s.shape.kv_heads as u32);
         let scale = w.spec.attention_scale() * std::f32::consts::LOG2_E;
-        let sequences = step.n_decode() as u32;
+        let sequences = s.tables.rows().decode;
         if sequences > 0 {
             let selected = live == Live::Selected;
             let (keep, prefix) = s.tables.plan(if selected { s.tables.layer_plan[layer] } else { 0 });
@@ -302,6 +316,8 @@ impl<D: Device> Cuda<D> {
                 kv_heads,
                 stages: s.kernels.stages,
                 min_pages: 6,
+                segment_cost: SEGMENT_COST,
+                early: 1,
                 scale,
             };
             self.go(s, &s.kernels.decode(), &params)?;
@@ -318,7 +334,10 @@ impl<D: Device> Cuda<D> {
                 window: w.spec.window.unwrap_or(NONE),
                 scale,
             };
-            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads)?, &params)?;
+            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads), &params)?;
+        }
+        if s.kernels.tuning.join_early {
+            self.device.join()?;
         }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
         let sum = self.product(s, (b.attention, l.o.weight, Ptr::NULL), size, b.delta)?;
@@ -334,17 +353,13 @@ impl<D: Device> Cuda<D> {
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        let (l, rows, b) = (&w.layers[layer], step.tokens.len() as u32, s.buffers);
-        self.norm(w, s, step, l.mlp_norm, (b.h, Ptr::NULL, rows))?;
+        let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
+        self.device.join()?;
+        self.norm(w, s, l.mlp_norm, (b.h, Ptr::NULL, rows))?;
+        if live == Live::Selected && self.selected_mlp(w, s, step, layer)? {
+            return Ok(());
+        }
         let (d, neurons) = (s.shape.hidden as u32, s.shape.neurons as u32);
-        let kind = match w.spec.activation {
-            Activation::Relu => 0,
-            Activation::SiluGated => 1,
-            Activation::ReluGated => 2,
-        };
-        let which = if live == Live::Selected { s.tables.layer_groups(step, layer) } else { None };
-        let all_share =
-            s.tables.n_reference == rows && which == Some(Groups::Reference) && rows <= SKINNY_ROWS;
         let mut act = ActivateParams {
             gate_bias: l.gate_bias,
             up_bias: l.up_bias,
@@ -352,42 +367,36 @@ impl<D: Device> Cuda<D> {
             rows,
             n: neurons,
             valid: s.shape.ffn as u32,
-            kind,
+            kind: match w.spec.activation {
+                Activation::Relu => 0,
+                Activation::SiluGated => 1,
+                Activation::ReluGated => 2,
+            },
             ..Default::default()
         };
-        let (index, kept) = match (all_share, step.plan.mlp_rule(layer).reference) {
-            // Every row runs the same neurons: only their rows are read.
-            (true, Rule::TopK(k)) => {
-                act.valid = k;
-                (b.index, k.next_multiple_of(8))
-            }
-            _ => {
-                if let Some(which) = which {
-                    act.masks = b.masks;
-                    act.group = s.tables.groups(which);
-                }
-                (Ptr::NULL, neurons)
-            }
-        };
-        act.index = index;
-        act.n = kept;
-        let width = if s.shape.gated { 2 * neurons } else { kept };
-        act.input = self.product(s, (b.h, l.first, index), (rows, width, d), b.sums)?;
-        self.go(s, &s.kernels.activate(rows, kept), &act)?;
-        let size = (rows, d, kept);
+        if live == Live::Selected
+            && let Some(which) = s.tables.layer_groups(step, layer)
+        {
+            act.masks = b.masks;
+            act.group = s.tables.groups(which);
+        }
+        let width = s.shape.first() as u32;
+        act.input = self.product(s, (b.h, l.first, Ptr::NULL), (rows, width, d), b.sums)?;
+        self.go(s, &s.kernels.activate(rows, neurons), &act)?;
+        let (size, down) = ((rows, d, neurons), (b.y, l.down.weight, Ptr::NULL));
         let sum = if s.shape.gated {
-            self.product(s, (b.y, l.down.weight, Ptr::NULL), size, b.delta)?
+            self.product(s, down, size, b.delta)?
         } else {
-            self.product_transposed(s, (b.y, l.down.weight, index), size, b.delta)?
+            self.product_transposed(s, down, size, b.delta)?
         };
         s.pending = Pending { sum, bias: l.down.bias };
         Ok(())
     }
 
-    pub(super) fn run_logits(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>, step: &Step) -> Result<()> {
-        let (n, b) = (step.logit_rows.len() as u32, s.buffers);
+    pub(super) fn run_logits(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>) -> Result<()> {
+        let (n, b) = (s.tables.rows().logits, s.buffers);
         if n > 0 {
-            self.norm(w, s, step, w.shared.final_norm, (b.last, s.tables.logit_rows(), n))?;
+            self.norm(w, s, w.shared.final_norm, (b.last, s.tables.logit_rows(), n))?;
             let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
             let params = LinearParams {
                 x: b.last,
@@ -398,21 +407,16 @@ impl<D: Device> Cuda<D> {
                 n: vocab,
                 k: d,
                 splits: 1,
+                ..Default::default()
             };
-            if !self.by_library(s, &params, false)? {
-                self.go(s, &s.kernels.linear_whole(n, vocab, d), &params)?;
+            let launch = s.kernels.linear_whole(n, vocab, d);
+            if !self.by_library(s, &params, false, &launch)? {
+                self.go(s, &launch, &params)?;
             }
-            let params = ArgmaxParams {
-                logits: b.logits,
-                token: b.token,
-                logprob: b.logprob,
-                parts: b.top_parts,
-                counters: b.top_counters,
-                vocab,
-            };
-            self.go(s, &s.kernels.argmax(n), &params)?;
+            let (launch, params) = s.sampling.likeliest(b.logits, n);
+            self.go(s, &launch, &params)?;
         }
         s.pending = Pending::default();
-        self.finish_recording(s)
+        Ok(())
     }
 }

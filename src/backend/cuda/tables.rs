@@ -1,284 +1,281 @@
-//! What changes from step to step, as words at fixed places of device memory: filled on the host,
-//! copied once per step, so that a recorded step can be replayed.
+//! What changes from step to step, as words of device memory: filled on the host, copied once per step,
+//! so that a recorded step can be replayed. Only what a step uses is laid out, one list after another,
+//! so the copy is small; where a list lies depends on the step's buckets and nothing else that a
+//! recorded step does not depend on ([`Tables::layout`]).
 
+use super::buckets::bucket;
 use super::device::Device;
-use super::launch::TILE_ROWS;
+use super::memory::HostWords;
 use super::params::{NONE, Ptr, SEGMENT_COST};
-use crate::backend::{Limits, PAGE_TOKENS, Step};
+use crate::backend::{Limits, PAGE_TOKENS, SeqStep, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::sparsity::{MlpMode, Rule};
+use std::cmp::Reverse;
+use std::sync::Arc;
 
-/// Where a table begins, in words, and how many words it holds.
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    at: usize,
-    room: usize,
+/// Words of a `PrefillTile`.
+const TILE_WORDS: usize = 5;
+
+/// Rows that a step computes: its own and the padding of its buckets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Rows {
+    /// Rows of the residual stream.
+    pub(super) all: u32,
+    /// The first ones, that decode.
+    pub(super) decode: u32,
+    /// Rows of logits.
+    pub(super) logits: u32,
+}
+
+/// Where each list begins, in words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Layout {
+    pub(super) rows: Rows,
+    tokens: usize,
+    positions: usize,
+    kv_slot: usize,
+    first_page: usize,
+    context: usize,
+    skip: usize,
+    groups: usize,
+    last_group: usize,
+    logit_rows: usize,
+    plans: usize,
+    tiles: usize,
+    pages: usize,
 }
 
 /// See the module.
-pub(super) struct Tables {
-    words: Vec<u32>,
+pub(super) struct Tables<D: Device> {
+    /// Filled in turn: one may be filled while the other is being copied.
+    staging: [HostWords<D>; 2],
+    turn: usize,
     base: Ptr,
-    tokens: Span,
-    positions: Span,
-    kv_slot: Span,
-    first_page: Span,
-    context: Span,
-    skip: Span,
-    groups: Span,
-    logit_rows: Span,
-    tiles: Span,
-    plans: Span,
-    pages: Span,
-    /// Words of one plan: `keep`, then `prefix`.
-    plan_words: usize,
-    max_batch: usize,
-    max_rows: usize,
+    room: usize,
+    most_pages: usize,
+    limits: Limits,
+    layout: Layout,
+    used: usize,
+    /// Query tokens of a prefill tile.
+    tile_tokens: u32,
     /// Plans used, and which of them each layer uses.
     n_plans: usize,
     pub(super) layer_plan: Vec<u16>,
     /// Prefill tiles of this step.
     pub(super) n_tiles: u32,
-    /// Sequences whose MLP runs in invariant mode.
-    pub(super) n_invariant: u32,
-    /// Sequences whose MLP runs in reference mode.
-    pub(super) n_reference: u32,
+    /// Some sequence's MLP runs in this mode.
+    pub(super) any_reference: bool,
+    pub(super) any_invariant: bool,
+    /// Every row decodes, its MLP in reference mode.
+    pub(super) all_reference: bool,
+}
+
+/// Lays lists out one after another.
+struct Writer<'a> {
+    words: &'a mut [u32],
+    next: usize,
+}
+
+impl Writer<'_> {
+    /// A place for `room` words, all `value`; 16 bytes apart, so that kernels may read four at once.
+    fn space(&mut self, room: usize, value: u32) -> usize {
+        let at = self.next;
+        self.next += room.next_multiple_of(4);
+        self.words[at..at + room].fill(value);
+        at
+    }
+
+    /// A list, filled up with zeros.
+    fn list(&mut self, list: &[u32], room: usize) -> usize {
+        let at = self.next;
+        self.next += room.next_multiple_of(4);
+        self.words[at..at + list.len()].copy_from_slice(list);
+        self.words[at + list.len()..at + room].fill(0);
+        at
+    }
 }
 
 /// Which groups of rows a layer's neuron selection applies to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Groups {
     Both,
     Reference,
     Invariant,
 }
 
-impl Tables {
-    /// Words for the largest step.
-    pub(super) fn new(limits: &Limits, layers: usize, group: usize) -> Result<Tables> {
-        let (rows, batch) = (limits.max_rows, limits.max_batch);
-        let mut next = 0usize;
-        let mut span = |room: usize| {
-            let s = Span { at: next, room };
-            // 16 bytes apart, so that kernels may read four words at once.
-            next += room.next_multiple_of(4);
-            s
-        };
-        let plan_words = (2 * batch + 1).next_multiple_of(4);
-        let tile = (TILE_ROWS as usize / group.max(1)).max(1);
+impl<D: Device> Tables<D> {
+    /// Words for the largest step, prompts cut into tiles of `tile_tokens`.
+    pub(super) fn new(
+        device: &Arc<D>,
+        limits: &Limits,
+        layers: usize,
+        tile_tokens: u32,
+    ) -> Result<Tables<D>> {
+        let (rows, batch) = (limits.max_rows + 3, limits.max_batch + 3);
+        let tiles = rows.div_ceil(tile_tokens as usize) + batch;
         let pages_per_seq = limits.max_context.div_ceil(PAGE_TOKENS);
-        let mut t = Tables {
-            words: Vec::new(),
+        // As many as `Step::with_limits` has room for.
+        let most_pages = limits.pages.min(pages_per_seq.saturating_mul(limits.max_batch));
+        let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 1) + TILE_WORDS * tiles;
+        // Each list begins at a multiple of four words: hence the threes above, and these few.
+        let room = most_pages.saturating_add(lists + 16);
+        Ok(Tables {
+            staging: [HostWords::zeroed(device, room)?, HostWords::zeroed(device, room)?],
+            turn: 0,
             base: Ptr::NULL,
-            tokens: span(rows),
-            positions: span(rows),
-            kv_slot: span(rows),
-            first_page: span(batch),
-            context: span(batch),
-            skip: span(batch),
-            groups: span(3 * rows),
-            logit_rows: span(batch),
-            tiles: span(5 * (rows.div_ceil(tile) + batch)),
-            plans: span((layers + 1) * plan_words),
-            pages: span(pages_per_seq.saturating_mul(batch)),
-            plan_words,
-            max_batch: batch,
-            max_rows: rows,
+            room,
+            most_pages,
+            limits: *limits,
+            layout: Layout::default(),
+            used: 0,
+            tile_tokens,
             n_plans: 0,
             layer_plan: try_vec(layers, 0, "plans")?,
             n_tiles: 0,
-            n_invariant: 0,
-            n_reference: 0,
-        };
-        t.words = try_vec(next, 0, "step tables")?;
-        Ok(t)
+            any_reference: false,
+            any_invariant: false,
+            all_reference: false,
+        })
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        4 * self.words.len() as u64
+        4 * self.room as u64
     }
 
     pub(super) fn place(&mut self, at: Ptr) {
         self.base = at;
     }
 
-    fn ptr(&self, s: Span) -> Ptr {
-        self.base.offset(4 * s.at as u64)
+    /// Where this step's lists lie: a recorded step is for one layout.
+    pub(super) fn layout(&self) -> Layout {
+        // Pages come last, and how many there are moves nothing.
+        self.layout
+    }
+
+    /// Rows this step computes.
+    pub(super) fn rows(&self) -> Rows {
+        self.layout.rows
+    }
+
+    fn ptr(&self, at: usize) -> Ptr {
+        self.base.offset(4 * at as u64)
     }
     pub(super) fn tokens(&self) -> Ptr {
-        self.ptr(self.tokens)
+        self.ptr(self.layout.tokens)
     }
     pub(super) fn positions(&self) -> Ptr {
-        self.ptr(self.positions)
+        self.ptr(self.layout.positions)
     }
     pub(super) fn kv_slot(&self) -> Ptr {
-        self.ptr(self.kv_slot)
+        self.ptr(self.layout.kv_slot)
     }
     pub(super) fn first_page(&self) -> Ptr {
-        self.ptr(self.first_page)
+        self.ptr(self.layout.first_page)
     }
     pub(super) fn context(&self) -> Ptr {
-        self.ptr(self.context)
+        self.ptr(self.layout.context)
     }
     pub(super) fn skip(&self) -> Ptr {
-        self.ptr(self.skip)
+        self.ptr(self.layout.skip)
     }
     pub(super) fn logit_rows(&self) -> Ptr {
-        self.ptr(self.logit_rows)
+        self.ptr(self.layout.logit_rows)
     }
     pub(super) fn tiles(&self) -> Ptr {
-        self.ptr(self.tiles)
+        self.ptr(self.layout.tiles)
     }
     pub(super) fn pages(&self) -> Ptr {
-        self.ptr(self.pages)
+        self.ptr(self.layout.pages)
     }
+    /// Group of each row.
     pub(super) fn groups(&self, which: Groups) -> Ptr {
-        self.ptr(self.groups).offset((4 * self.max_rows * which as usize) as u64)
+        self.ptr(self.layout.groups + which as usize * self.layout.rows.all as usize)
+    }
+    /// The last group that has rows.
+    pub(super) fn last_group(&self) -> Ptr {
+        self.ptr(self.layout.last_group)
     }
     /// `keep` and `prefix` of plan `i`; plan 0 keeps every head.
     pub(super) fn plan(&self, i: u16) -> (Ptr, Ptr) {
-        let at = self.ptr(self.plans).offset((4 * self.plan_words * i as usize) as u64);
-        (at, at.offset(4 * self.max_batch as u64))
+        let decode = self.layout.rows.decode as usize;
+        let at = self.layout.plans + i as usize * plan_words(decode);
+        (self.ptr(at), self.ptr(at + decode))
     }
 
-    fn put(&mut self, s: Span, i: usize, v: u32) {
-        debug_assert!(i < s.room);
-        self.words[s.at + i] = v;
-    }
-
-    /// Fills every table from a step that was checked.
-    pub(super) fn fill(
-        &mut self,
-        step: &Step,
-        kv_heads: u32,
-        window: Option<u32>,
-        tile_tokens: u32,
-    ) -> Result<()> {
-        let window = window.unwrap_or(u32::MAX);
-        if step.pages.len() > self.pages.room {
+    /// Fills the tables for a step that was checked, and starts their copy.
+    pub(super) fn send(&mut self, step: &Step, kv_heads: u32, window: Option<u32>) -> Result<()> {
+        if step.pages.len() > self.most_pages {
             return Err(Error::invalid("step: more block table entries than the engine was made for"));
         }
-        for (span, list) in [
-            (self.tokens, &step.tokens),
-            (self.positions, &step.positions),
-            (self.logit_rows, &step.logit_rows),
-            (self.pages, &step.pages),
-        ] {
-            self.words[span.at..span.at + list.len()].copy_from_slice(list);
-        }
-        self.n_tiles = 0;
-        self.n_invariant = 0;
-        self.n_reference = 0;
-        for i in 0..3 * self.max_rows {
-            self.put(self.groups, i, NONE);
-        }
+        let n_decode = step.n_decode();
+        let all = bucket(step.tokens.len(), self.limits.max_rows);
+        let decode = bucket(n_decode, self.limits.max_batch).min(all);
+        let logits = bucket(step.logit_rows.len(), self.limits.max_batch);
+        self.turn ^= 1;
+        let mut w = Writer { words: self.staging[self.turn].words_mut()?, next: 0 };
+        let t = Layout {
+            rows: Rows { all: all as u32, decode: decode as u32, logits: logits as u32 },
+            tokens: w.list(&step.tokens, all),
+            positions: w.list(&step.positions, all),
+            kv_slot: w.space(all, NONE),
+            groups: w.space(3 * all, NONE),
+            last_group: w.space(1, 0),
+            logit_rows: w.list(&step.logit_rows, logits),
+            first_page: w.space(decode, 0),
+            context: w.space(decode, 0),
+            skip: w.space(decode, 0),
+            ..Layout::default()
+        };
+        let window = window.unwrap_or(u32::MAX);
+        let (mut n_reference, mut n_invariant) = (0, 0);
         for (b, seq) in step.seqs.iter().enumerate() {
             for row in seq.first_row..seq.first_row + seq.n_rows {
                 let position = step.positions[row as usize];
                 let page = step.pages[seq.first_page as usize + position as usize / PAGE_TOKENS];
-                self.put(self.kv_slot, row as usize, page * 16 + position % 16);
+                w.words[t.kv_slot + row as usize] = page * 16 + position % 16;
             }
-            if seq.decode {
-                let start = seq.context.saturating_sub(window);
-                self.put(self.first_page, b, seq.first_page + start / 16);
-                self.put(self.context, b, seq.context - start / 16 * 16);
-                self.put(self.skip, b, start % 16);
-                self.put_group(b, seq.mlp);
-            } else {
-                self.put_tiles(seq, tile_tokens);
-            }
-        }
-        self.fill_plans(step, kv_heads);
-        Ok(())
-    }
-
-    fn put_group(&mut self, row: usize, mode: MlpMode) {
-        let group = match mode {
-            MlpMode::Dense => return,
-            MlpMode::Reference => {
-                self.n_reference += 1;
-                0
-            }
-            MlpMode::Invariant => {
-                self.n_invariant += 1;
-                self.n_invariant
-            }
-        };
-        let own = if mode == MlpMode::Reference { Groups::Reference } else { Groups::Invariant };
-        for which in [Groups::Both, own] {
-            self.put(self.groups, which as usize * self.max_rows + row, group);
-        }
-    }
-
-    fn put_tiles(&mut self, seq: &crate::backend::SeqStep, tile_tokens: u32) {
-        // The last tiles see the most pages: they start first.
-        for i in (0..seq.n_rows.div_ceil(tile_tokens)).rev() {
-            let at = i * tile_tokens;
-            let tokens = tile_tokens.min(seq.n_rows - at);
-            let tile =
-                [seq.first_row + at, tokens, seq.context - seq.n_rows + at, seq.context, seq.first_page];
-            for (j, v) in tile.into_iter().enumerate() {
-                self.put(self.tiles, 5 * self.n_tiles as usize + j, v);
-            }
-            self.n_tiles += 1;
-        }
-    }
-
-    /// One plan per distinct list of kept heads.
-    fn fill_plans(&mut self, step: &Step, kv_heads: u32) {
-        let n = step.n_decode();
-        self.n_plans = 0;
-        self.put_plan(n, |_| kv_heads);
-        for layer in 0..self.layer_plan.len() {
-            if n == 0 || !step.plan.attn_sparse(layer) {
-                self.layer_plan[layer] = 0;
+            if !seq.decode {
                 continue;
             }
-            let same = (0..self.n_plans).find(|&p| {
-                let at = self.plans.at + p * self.plan_words;
-                (0..n).all(|b| self.words[at + b] == step.plan.attn_k(layer, b))
-            });
-            self.layer_plan[layer] = match same {
-                Some(p) => p as u16,
-                None => self.put_plan(n, |b| step.plan.attn_k(layer, b)),
+            let start = seq.context.saturating_sub(window);
+            w.words[t.first_page + b] = seq.first_page + start / 16;
+            w.words[t.context + b] = seq.context - start / 16 * 16;
+            w.words[t.skip + b] = start % 16;
+            let (group, own) = match seq.mlp {
+                MlpMode::Dense => continue,
+                MlpMode::Reference => {
+                    n_reference += 1;
+                    (0, Groups::Reference)
+                }
+                MlpMode::Invariant => {
+                    n_invariant += 1;
+                    (n_invariant, Groups::Invariant)
+                }
             };
+            for which in [Groups::Both, own] {
+                w.words[t.groups + which as usize * all + b] = group;
+            }
         }
-    }
-
-    fn put_plan(&mut self, n: usize, keep: impl Fn(usize) -> u32) -> u16 {
-        let i = self.n_plans;
-        let at = self.plans.at + i * self.plan_words;
-        let mut sum = 0u32;
-        self.words[at + self.max_batch] = 0;
-        for b in 0..n {
-            let k = keep(b);
-            let pages = self.words[self.context.at + b].div_ceil(16);
-            sum += k * (pages + SEGMENT_COST);
-            self.words[at + b] = k;
-            self.words[at + self.max_batch + b + 1] = sum;
-        }
-        self.n_plans += 1;
-        i as u16
-    }
-
-    /// Copies what this step uses.
-    pub(super) fn upload<D: Device>(&self, device: &D, step: &Step) -> Result<()> {
-        // Everything before the plans lies together and is small; then the plans used; then the pages.
-        let plans = self.plans.at + self.n_plans * self.plan_words;
-        for (from, to) in [(0, plans), (self.pages.at, self.pages.at + step.pages.len())] {
-            let words = &self.words[from..to];
-            // SAFETY: words are plain numbers, read as bytes.
-            let bytes = unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), 4 * words.len()) };
-            device.copy_in(self.base.offset(4 * from as u64), bytes)?;
-        }
-        Ok(())
+        w.words[t.last_group] = n_invariant;
+        self.layout = Layout { plans: w.next, ..t };
+        self.n_plans = fill_plans(&mut w, &t, step, kv_heads, &mut self.layer_plan);
+        self.layout.tiles = w.next;
+        self.n_tiles = step.seqs.iter().map(|s| put_tiles(&mut w, s, self.tile_tokens)).sum();
+        sort_tiles(&mut w.words[self.layout.tiles..w.next], window);
+        w.next = w.next.next_multiple_of(4);
+        self.layout.pages = w.list(&step.pages, step.pages.len());
+        self.any_reference = n_reference > 0;
+        self.any_invariant = n_invariant > 0;
+        self.all_reference = n_reference == step.tokens.len();
+        self.used = w.next;
+        self.staging[self.turn].send(self.base, self.used)
     }
 
     /// Groups to select neurons for in a layer, or none.
     pub(super) fn layer_groups(&self, step: &Step, layer: usize) -> Option<Groups> {
         let rule = step.plan.mlp_rule(layer);
-        let reference = self.n_reference > 0 && rule.reference != Rule::Dense;
-        let invariant = self.n_invariant > 0 && rule.invariant != Rule::Dense;
+        let reference = self.any_reference && rule.reference != Rule::Dense;
+        let invariant = self.any_invariant && rule.invariant != Rule::Dense;
         match (reference, invariant) {
             (true, true) => Some(Groups::Both),
             (true, false) => Some(Groups::Reference),
@@ -286,4 +283,70 @@ impl Tables {
             (false, false) => None,
         }
     }
+}
+
+/// Words of one plan: `keep`, then `prefix`.
+fn plan_words(decode: usize) -> usize {
+    (2 * decode + 1).next_multiple_of(4)
+}
+
+/// One plan per distinct list of kept heads; how many there are.
+fn fill_plans(w: &mut Writer<'_>, t: &Layout, step: &Step, kv_heads: u32, of_layer: &mut [u16]) -> usize {
+    let n = step.n_decode();
+    let first = w.next;
+    put_plan(w, t, n, |_| kv_heads);
+    let mut plans = 1;
+    for (layer, plan) in of_layer.iter_mut().enumerate() {
+        *plan = 0;
+        if n == 0 || !step.plan.attn_sparse(layer) {
+            continue;
+        }
+        let same = (0..plans).find(|&p| {
+            let at = first + p * plan_words(t.rows.decode as usize);
+            (0..n).all(|b| w.words[at + b] == step.plan.attn_k(layer, b))
+        });
+        *plan = same.unwrap_or_else(|| {
+            put_plan(w, t, n, |b| step.plan.attn_k(layer, b));
+            plans += 1;
+            plans - 1
+        }) as u16;
+    }
+    plans
+}
+
+/// Padding keeps no head and owns no piece of the line.
+fn put_plan(w: &mut Writer<'_>, t: &Layout, n: usize, keep: impl Fn(usize) -> u32) {
+    let decode = t.rows.decode as usize;
+    let at = w.space(plan_words(decode), 0);
+    let mut sum = 0u32;
+    for b in 0..decode {
+        if b < n {
+            let pages = w.words[t.context + b].div_ceil(16);
+            w.words[at + b] = keep(b);
+            sum += keep(b) * (pages + SEGMENT_COST);
+        }
+        w.words[at + decode + b + 1] = sum;
+    }
+}
+
+/// Tiles of a sequence's prompt, one after another; how many there are.
+fn put_tiles(w: &mut Writer<'_>, seq: &SeqStep, tile_tokens: u32) -> u32 {
+    if seq.decode {
+        return 0;
+    }
+    let tiles = seq.n_rows.div_ceil(tile_tokens);
+    for i in 0..tiles {
+        let at = i * tile_tokens;
+        let tokens = tile_tokens.min(seq.n_rows - at);
+        let tile = [seq.first_row + at, tokens, seq.context - seq.n_rows + at, seq.context, seq.first_page];
+        w.words[w.next..w.next + tile.len()].copy_from_slice(&tile);
+        w.next += tile.len();
+    }
+    tiles
+}
+
+/// The tiles that see the most tokens start first, over all prompts of the step.
+fn sort_tiles(words: &mut [u32], window: u32) {
+    let (tiles, _) = words.as_chunks_mut::<TILE_WORDS>();
+    tiles.sort_unstable_by_key(|&[row, tokens, position, ..]| (Reverse(position.min(window) + tokens), row));
 }

@@ -377,6 +377,13 @@ pub(super) struct LayerRouters {
     pub(super) rank: usize,
 }
 
+impl LayerRouters {
+    /// Rows of `attn` with zeros behind them, so that sums beside q, k and v stay 16-byte aligned.
+    pub(super) fn attn_room(&self) -> usize {
+        self.attn_rows.next_multiple_of(4)
+    }
+}
+
 /// Routers on a device.
 pub struct CudaRouters<D: Device> {
     pub(super) layers: Vec<LayerRouters>,
@@ -395,8 +402,10 @@ impl<D: Device> CudaRouters<D> {
                 let attention = info.attention.as_ref();
                 if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
                     r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
-                    r.attn =
-                        Pair { weight: p.take(r.attn_rows * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
+                    r.attn = Pair {
+                        weight: p.take(r.attn_room() * shape.hidden, 2),
+                        bias: p.take(r.attn_rows, 2),
+                    };
                 }
                 if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
                     r.rank = (rank as usize).next_multiple_of(8);

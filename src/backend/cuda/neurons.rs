@@ -1,0 +1,194 @@
+//! The selective MLP: its router chain, which runs beside QKV and attention, and the two products that
+//! read only the chosen neurons' rows.
+//!
+//! Main: attention norm, QKV, attention, output projection, MLP norm, up, down.
+//! Side: fork after the attention norm; router down, up, selection; join before the MLP norm. So the list is
+//! complete before that norm begins (the join makes it start in order, not early), and the up and down
+//! products may read it, and start on their weights, before the kernels ahead of them end. No buffer that the side writes is used by the main
+//! stream in between, nor the other way round: `h` is read by both, and written again after the join.
+
+use super::Cuda;
+use super::device::{Device, start, start_beside};
+use super::launch::{Launch, MADE_ROWS, SKINNY_ROWS};
+use super::params::*;
+use super::scratch::{CudaScratch, Pending};
+use super::tables::Groups;
+use super::weights::{CudaWeights, LayerRouters};
+use crate::backend::{Site, Step};
+use crate::error::{Error, Result};
+use crate::sparsity::Rule;
+
+impl<D: Device> Cuda<D> {
+    fn go_beside<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
+        if launch.grid.0 == 0 {
+            return Ok(());
+        }
+        if s.kernels.tuning.beside {
+            start_beside(&*self.device, launch, params)
+        } else {
+            start(&*self.device, launch, params)
+        }
+    }
+
+    /// Lets the layer's router chain start, if it will have one.
+    pub(super) fn fork(&self, s: &CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
+        let routed = step.plan.mlp_sparse(layer) && step.plan.needs_router(Site::Mlp);
+        if routed && s.kernels.tuning.beside { self.device.fork() } else { Ok(()) }
+    }
+
+    /// Never the device's library: its workspace belongs to the main stream.
+    fn product_beside(
+        &self,
+        s: &CudaScratch<D>,
+        (x, w): (Ptr, Ptr),
+        (rows, n, k): (u32, u32, u32),
+        out: Ptr,
+    ) -> Result<Partial> {
+        let (launch, splits) = s.kernels.linear(rows, n, k);
+        let params = LinearParams { x, w, out, rows, n, k, splits, ..Default::default() };
+        self.go_beside(s, &launch, &params)?;
+        Ok(Partial { data: out, splits, columns: n })
+    }
+
+    /// Groups of the step that may choose neurons in this layer: the first, and how many. As many as there
+    /// could be: those without rows end at once.
+    fn choosing(s: &CudaScratch<D>, step: &Step, layer: usize) -> Option<(Groups, u32, u32)> {
+        let (which, rows) = (s.tables.layer_groups(step, layer)?, s.tables.rows().decode);
+        Some(match which {
+            Groups::Both => (which, 0, 1 + rows),
+            Groups::Reference => (which, 0, 1),
+            Groups::Invariant => (which, 1, rows),
+        })
+    }
+
+    /// Scores of the neurons from the hidden state that entered `project`.
+    pub(super) fn route_neurons(
+        &self,
+        l: &LayerRouters,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+    ) -> Result<()> {
+        let (rows, d, b) = (s.tables.rows().decode, s.shape.hidden as u32, s.buffers);
+        let (rank, ffn) = (l.rank as u32, s.shape.ffn as u32);
+        let Some((which, first_group, groups)) = Self::choosing(s, step, layer) else { return Ok(()) };
+        let narrow = self.product_beside(s, (b.h, l.down), (rows, rank, d), b.router_sums)?;
+        let z = ActivateParams {
+            input: narrow,
+            out: b.z,
+            rows,
+            n: rank,
+            valid: rank,
+            kind: 3,
+            ..Default::default()
+        };
+        self.go_beside(s, &s.kernels.activate(rows, rank), &z)?;
+        let group = s.tables.groups(which);
+        if rows <= SKINNY_ROWS {
+            let scores = b.neuron_scores;
+            let params = RouterParams { z: b.z, w: l.up, scores, group, rows, n: ffn, rank, first_group };
+            self.go_beside(s, &s.kernels.router_scores(rows, ffn), &params)?;
+        } else {
+            let size = (rows, s.shape.neurons as u32, rank);
+            let logits = self.product_beside(s, (b.z, l.up), size, b.router_sums)?;
+            let params = NeuronParams {
+                logits,
+                scores: b.neuron_scores,
+                group,
+                last_group: s.tables.last_group(),
+                rows,
+                n: ffn,
+                first_group,
+                ..Default::default()
+            };
+            self.go_beside(s, &s.kernels.neuron_scores(groups, ffn), &params)?;
+        }
+        s.scored = Some(layer);
+        Ok(())
+    }
+
+    /// Lists and masks from the scores.
+    pub(super) fn select_neurons(&self, s: &mut CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
+        let Some((which, first_group, groups)) = Self::choosing(s, step, layer) else { return Ok(()) };
+        if s.scored.take() != Some(layer) {
+            return Err(Error::invalid(format!("layer {layer}: no MLP router scores")));
+        }
+        let (b, ffn) = (s.buffers, s.shape.ffn as u32);
+        let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
+        let rule = step.plan.mlp_rule(layer);
+        let params = NeuronParams {
+            scores: b.neuron_scores,
+            group: s.tables.groups(which),
+            last_group: s.tables.last_group(),
+            index: b.index,
+            masks: b.masks,
+            nan_count: s.sampling.nan_count(),
+            rows: s.tables.rows().decode,
+            n: ffn,
+            keep0: keep(rule.reference),
+            keep_other: keep(rule.invariant),
+            first_group,
+            ..Default::default()
+        };
+        self.go_beside(s, &s.kernels.select_neurons(groups, ffn), &params)
+    }
+
+    /// The MLP when every row runs the same neurons: only their rows are read. False: they do not.
+    pub(super) fn selected_mlp(
+        &self,
+        w: &CudaWeights<D>,
+        s: &mut CudaScratch<D>,
+        step: &Step,
+        layer: usize,
+    ) -> Result<bool> {
+        let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
+        let all_share = s.tables.all_reference
+            && rows <= SKINNY_ROWS
+            && s.tables.layer_groups(step, layer) == Some(Groups::Reference);
+        let Rule::TopK(kept) = step.plan.mlp_rule(layer).reference else { return Ok(false) };
+        if !all_share || s.shape.gated {
+            return Ok(false);
+        }
+        let (d, n) = (s.shape.hidden as u32, kept.next_multiple_of(8));
+        // In one stream every kernel starts early: the list may not be there when `linear_up` begins.
+        let ready = s.kernels.tuning.beside;
+        let (launch, splits) =
+            if ready { s.kernels.linear_up(rows, n, d) } else { s.kernels.linear(rows, n, d) };
+        let (x, w, index, out) = (b.h, l.first, b.index, b.sums);
+        let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
+        self.go(s, &launch, &up)?;
+        let input = Partial { data: b.sums, splits, columns: n };
+        let sum = if rows <= MADE_ROWS && ready && s.kernels.tuning.made {
+            let (launch, splits) = s.kernels.mlp_down(d, n);
+            let params = DownParams {
+                up: input,
+                up_bias: l.up_bias,
+                w: l.down.weight,
+                index: b.index,
+                out: b.delta,
+                rows,
+                n: d,
+                k: n,
+                valid: kept,
+                splits,
+            };
+            self.go(s, &launch, &params)?;
+            Partial { data: b.delta, splits, columns: d }
+        } else {
+            let act = ActivateParams {
+                input,
+                up_bias: l.up_bias,
+                index: b.index,
+                out: b.y,
+                rows,
+                n,
+                valid: kept,
+                ..Default::default()
+            };
+            self.go(s, &s.kernels.activate(rows, n), &act)?;
+            self.product_transposed(s, (b.y, l.down.weight, b.index), (rows, d, n), b.delta)?
+        };
+        s.pending = Pending { sum, bias: l.down.bias };
+        Ok(true)
+    }
+}

@@ -1,0 +1,130 @@
+//! The side stream of a GPU: work that runs beside the main stream between a fork and a join.
+//!
+//! One thread at a time has it. Work of others goes to the main stream in line, so engines on several
+//! threads share a device without waiting for each other.
+
+use super::driver::this_thread;
+use super::probe::check;
+use crate::error::Result;
+use cudarc::driver::sys::{self, CUstream};
+use std::cell::Cell;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Which of a thread's two streams a launch goes to.
+#[derive(Clone, Copy)]
+pub(super) enum Lane {
+    Main,
+    Side,
+}
+
+thread_local! {
+    /// This thread's next launch on the lane comes right after a wait for the other one.
+    static IN_ORDER: [Cell<bool>; 2] = const { [Cell::new(false), Cell::new(false)] };
+    /// This thread's side work went to the main stream since the last join.
+    static IN_LINE: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Lane {
+    /// Whether the launch that comes now must be in order; asks once.
+    pub(super) fn takes_order(self) -> bool {
+        IN_ORDER.with(|next| next[self as usize].replace(false))
+    }
+
+    fn order_next(self) {
+        IN_ORDER.with(|next| next[self as usize].set(true));
+    }
+}
+
+/// See the module. Every call with the device's context current.
+pub(super) struct Side {
+    stream: CUstream,
+    /// Of the fork and of the join.
+    events: [sys::CUevent; 2],
+    /// The thread that forked, 0: none.
+    owner: AtomicUsize,
+}
+
+impl Side {
+    /// Before there is a context.
+    pub(super) fn none() -> Side {
+        Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) }
+    }
+
+    /// Makes stream and events in the current context.
+    pub(super) fn create(&mut self) -> Result<()> {
+        let non_blocking = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: out-parameters are local or this object's own; `destroy` gives back what was made.
+        unsafe {
+            // The side's few blocks go first where both streams have some waiting: it is the longer chain.
+            check("CUDA stream priorities", sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest))?;
+            check("CUDA stream", sys::cuStreamCreateWithPriority(&mut self.stream, non_blocking, greatest))?;
+            for event in &mut self.events {
+                check("CUDA event", sys::cuEventCreate(event, untimed))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets side work start after what is on `main` so far, if no other thread has any.
+    pub(super) fn fork(&self, main: CUstream) -> Result<()> {
+        if self.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return Ok(());
+        }
+        Lane::Side.order_next();
+        meet(main, self.events[0], self.stream).inspect_err(|_| self.owner.store(0, Ordering::Release))
+    }
+
+    /// Where this thread's side work goes.
+    pub(super) fn lane(&self, main: CUstream) -> (CUstream, Lane) {
+        if self.is_mine() {
+            return (self.stream, Lane::Side);
+        }
+        IN_LINE.set(true);
+        (main, Lane::Main)
+    }
+
+    /// What comes next on `main` waits for the side work, and its first launch is in order.
+    pub(super) fn join(&self, main: CUstream) -> Result<()> {
+        let mine = self.is_mine();
+        if IN_LINE.replace(false) || mine {
+            Lane::Main.order_next();
+        }
+        if !mine {
+            return Ok(());
+        }
+        let met = meet(self.stream, self.events[1], main);
+        self.owner.store(0, Ordering::Release);
+        met
+    }
+
+    fn is_mine(&self) -> bool {
+        self.owner.load(Ordering::Relaxed) == this_thread()
+    }
+
+    /// # Safety
+    /// Nothing uses stream or events any more; called once, in their context.
+    pub(super) unsafe fn destroy(&self) {
+        // SAFETY: made by `create`, or null; see above.
+        unsafe {
+            if !self.stream.is_null() {
+                let _ = sys::cuStreamSynchronize(self.stream);
+                let _ = sys::cuStreamDestroy_v2(self.stream);
+            }
+            for event in self.events.into_iter().filter(|e| !e.is_null()) {
+                let _ = sys::cuEventDestroy_v2(event);
+            }
+        }
+    }
+}
+
+/// What comes next on `second` waits for what is on `first` so far.
+fn meet(first: CUstream, event: sys::CUevent, second: CUstream) -> Result<()> {
+    // SAFETY: streams and event are of the current context; in a capture both become edges of the graph.
+    unsafe {
+        check("CUDA event", sys::cuEventRecord(event, first))?;
+        check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
+    }
+}
