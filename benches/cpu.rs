@@ -70,7 +70,7 @@ impl Bench {
     }
 
     fn reps(&self, seconds: f64) -> usize {
-        let budget = if self.quick { 0.2 } else { 1.2 };
+        let budget = if self.quick { 0.2 } else { 0.8 };
         ((budget / seconds.max(1e-6)) as usize).clamp(3, 25)
     }
 }
