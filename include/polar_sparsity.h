@@ -787,7 +787,8 @@ typedef struct {
 // result depends on its neighbours.
 #define POLAR_MLP_REFERENCE 2
 
-// Each sequence uses only its own neurons: the same bits alone and in any batch.
+// Each sequence uses only its own neurons, whatever else is in the batch; on the CPU also the same bits
+// alone and in any batch, on a GPU the same up to rounding.
 #define POLAR_MLP_BATCH_INVARIANT 3
 
 // The routers.
