@@ -57,6 +57,7 @@ pub(crate) fn kernels() {
     report(&log);
     println!("cargo::rustc-cfg=polar_kernels");
     println!("cargo::rustc-env=POLAR_FATBIN={}", out.display());
+    println!("cargo::rustc-env=POLAR_FATBIN_ARCHS={archs}{}", if archs == ARCHS { " ptx80" } else { "" });
 }
 
 /// Fails on spills in hot kernels; a full table of registers goes to the build's output.
