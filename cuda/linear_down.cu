@@ -1,76 +1,124 @@
 // out[split][row][column] = sum over the split's j of y[row][j] w[index[j]][column], for up to 64
 // rows: the down product of a selective MLP, whole rows of the transposed matrix. Without `index`
 // row j itself, which is the dense product on the same tensor. `mlp_down` makes y = relu(up + bias) itself
-// from the sums of the first product, up to 16 rows: a kernel less between the two.
+// from the sums of the first product, for a few rows: a kernel less between the two.
 //
-// Traffic: each selected row of w is read once, in pieces of 512 bytes a block (256 with two column warps). Rows of w are the sum's
-// side, so fragments need two rows' elements side by side: a lane reads 16 bytes of four rows (4 t ..
-// 4 t + 3 of 16) and pairs them by byte permutation, column 8 g + i of 64 being column g of product i.
+// Traffic: each selected row of w is read once, in pieces of 512 bytes a block (256 with two column warps). Rows
+// of w are the sum's side, so fragments need two rows' elements side by side: a lane reads 16 bytes of four rows
+// (4 t .. 4 t + 3 of 16) and pairs them by byte permutation, column 8 g + i of 64 being column g of product i.
 // Eight lanes copy a whole 128-byte piece of one row (requests of 32 bytes would halve the rate), so
 // a stage is a warp's tile of 16 rows by 8 pieces, piece c of row r at c ^ (r / 4 * 2): both sides touch
-// all banks. Stages belong to one warp. y is the block's, staged in shared memory CHUNK columns at a time,
-// a barrier before and after; weights stay under way meanwhile. Warps share a block's columns, 64 each, and
+// all banks. Stages belong to one warp. y is the block's, in two buffers of eight rounds' columns each, of which one
+// is filled while the other is used: one barrier every eight rounds. Warps share a block's columns, 64 each, and
 // its steps, every WARPS / COLUMN_WARPS'th each; at the end the latter's sums are added.
+//
+// The list was complete before the kernel ahead of this one began, so its weights are under way while that one
+// still runs.
 #include "common.cuh"
 
 namespace down {
 
-constexpr int STEP = 16, WARPS = 8, THREADS = 32 * WARPS;
-constexpr DEVICE int chunk(int mt) { return mt > 2 ? 256 : 512; }  // columns
-constexpr DEVICE int stride(int mt) { return 2 * chunk(mt) + 32; }  // bytes; 32 keep four rows on different banks
+constexpr int STEP = 16, WARPS = 8, THREADS = 32 * WARPS, CHUNK_ROUNDS = 8;
+constexpr DEVICE int chunk(int column_warps) { return CHUNK_ROUNDS * (WARPS / column_warps) * STEP; }  // columns of y
+// Where column j of row r of a chunk is, bytes. A step's 16 columns move with the row: four rows on different banks.
+template <int CHUNK> DEVICE uint32_t y_place(uint32_t r, uint32_t j) {
+    return (r * (CHUNK / STEP) + (j / STEP ^ r % 4)) * (2 * STEP) + j % STEP * 2;
+}
 
-// y from memory. Columns from k on become zero, up to `count`.
-template <class T, int MT> struct Given {
+// y from memory. Both take a chunk's first column and the split's end; columns from k on become zero.
+template <class T, int MT, int CHUNK> struct Given {
     const LinearParams& p;
-    DEVICE_MEMBER void stage(unsigned char* y, uint32_t j0, uint32_t count) const {
-        const uint32_t pieces = count / 8;
-        UNROLL_BY(4) for (uint32_t i = thread_index(); i < p.rows * pieces; i += THREADS) {
-            const uint32_t r = i / pieces, j = i % pieces * 8;
-            Words4 v = {{0, 0, 0, 0}};
-            if (j0 + j < p.k) v = *(const Words4*)((const T*)p.x + (uint64_t)r * p.k + j0 + j);
-            *(Words4*)(y + r * stride(MT) + 2 * j) = v;
+    static constexpr int EACH = 16 * MT * CHUNK / 8 / THREADS;
+    // Starts what may start before the chunk is staged: the chunks after the first, as a part of the caller's next group.
+    DEVICE_MEMBER void expect(unsigned char* y, uint32_t j0, uint32_t end, bool first) {
+        if (first) return;
+        UNROLL for (int i = 0; i < EACH; i++) {
+            const Piece at(*this, i, j0, end);
+            copy_async16(y + at.place, at.valid ? (const void*)at.from : p.x, at.valid);
         }
     }
+    // The first chunk goes through registers: a wait for its copy would wait for the weights' as well. All loads
+    // come before the first store, else each would be waited for.
+    DEVICE_MEMBER void stage(unsigned char* y, uint32_t j0, uint32_t end, bool first) {
+        if (!first) return;
+        Words4 v[EACH];
+        UNROLL for (int i = 0; i < EACH; i++) {
+            const Piece at(*this, i, j0, end);
+            v[i] = {{0, 0, 0, 0}};
+            if (at.valid) v[i] = *(const Words4*)at.from;
+        }
+        UNROLL for (int i = 0; i < EACH; i++) *(Words4*)(y + Piece(*this, i, j0, end).place) = v[i];
+    }
+    // A thread's i-th 16 bytes of a chunk.
+    struct Piece {
+        uint32_t place;
+        const T* from;
+        bool valid;
+        DEVICE_MEMBER Piece(const Given& y, int i, uint32_t j0, uint32_t end) {
+            const uint32_t at = i * THREADS + thread_index(), r = at / (CHUNK / 8), j = at % (CHUNK / 8) * 8;
+            place = y_place<CHUNK>(r, j);
+            from = (const T*)y.p.x + (uint64_t)r * y.p.k + j0 + j;
+            valid = r < y.p.rows && j0 + j < end && j0 + j < y.p.k;
+        }
+    };
 };
 
 // y from the first product's sums: four lanes share four columns, each adds every fourth part.
-template <class T, int MT> struct Made {
+template <class T, int CHUNK> struct Made {
+    static constexpr int EACH = CHUNK / THREADS;
+    static constexpr uint32_t ROWS = 2, PARTS = 4;  // loads under way together
     const DownParams& p;
-    DEVICE_MEMBER void stage(unsigned char* y, uint32_t j0, uint32_t count) const {
-        const uint32_t quads = count / 4, q = thread_index() % 4;
+    float bias[EACH];
+    DEVICE_MEMBER uint32_t quad(int e) const { return (e * THREADS + thread_index()) / 4 * 4; }
+    DEVICE_MEMBER void expect(unsigned char*, uint32_t j0, uint32_t, bool) {
+        const uint32_t q = thread_index() % 4;
+        UNROLL for (int e = 0; e < EACH; e++) {
+            const uint32_t j = j0 + quad(e) + q;
+            bias[e] = p.up_bias && j < p.valid ? to_float(((const T*)p.up_bias)[load_early(p.index + j)]) : 0.0f;
+        }
+    }
+    DEVICE_MEMBER void stage(unsigned char* y, uint32_t j0, uint32_t end, bool) {
+        const uint32_t q = thread_index() % 4;
         const uint64_t part = (uint64_t)p.rows * p.up.columns;
-        for (uint32_t from = thread_index() / 32 * 32; from < 4 * p.rows * quads; from += THREADS) {
-            const uint32_t i = (from + lane_index()) / 4, r = i / quads, j = i % quads * 4;
-            const bool inside = r < p.rows && j0 + j < p.k;
-            Floats4 sum = {{0, 0, 0, 0}};
-            float bias = 0;
-            if (inside) {
-                const float* at = p.up.data + (uint64_t)r * p.up.columns + j0 + j;
-                UNROLL_BY(4) for (uint32_t s = q; s < p.up.splits; s += 4) {
-                    const Floats4 v = *(const Floats4*)(at + s * part);
-                    UNROLL for (int e = 0; e < 4; e++) sum.v[e] += v.v[e];
+        UNROLL for (int e = 0; e < EACH; e++) {
+            const uint32_t j = j0 + quad(e), parts = j < end && j < p.k ? p.up.splits : 0;
+            for (uint32_t r0 = 0; r0 < p.rows; r0 += ROWS) {
+                Floats4 sum[ROWS] = {};
+                for (uint32_t s0 = q; s0 < parts; s0 += 4 * PARTS) {
+                    Floats4 v[ROWS][PARTS] = {};
+                    UNROLL for (uint32_t r = 0; r < ROWS; r++) {
+                        UNROLL for (uint32_t s = 0; s < PARTS; s++) {
+                            const float* at = p.up.data + (s0 + 4 * s) * part + (uint64_t)(r0 + r) * p.up.columns + j;
+                            if (r0 + r < p.rows && s0 + 4 * s < parts) v[r][s] = *(const Floats4*)at;
+                        }
+                    }
+                    UNROLL for (uint32_t r = 0; r < ROWS; r++) {
+                        UNROLL for (uint32_t s = 0; s < PARTS; s++) {
+                            UNROLL for (int i = 0; i < 4; i++) sum[r].v[i] += v[r][s].v[i];
+                        }
+                    }
                 }
-                if (p.up_bias) bias = to_float(((const T*)p.up_bias)[load_early(p.index + j0 + j + q)]);
+                UNROLL for (uint32_t r = 0; r < ROWS; r++) {
+                    float mine = 0;
+                    UNROLL for (uint32_t i = 0; i < 4; i++) {
+                        float whole = sum[r].v[i] + shuffle_xor(sum[r].v[i], 1);
+                        whole += shuffle_xor(whole, 2);
+                        if (i == q) mine = whole;
+                    }
+                    mine += bias[e];
+                    *(T*)(y + y_place<CHUNK>(r0 + r, quad(e) + q)) = from_float<T>(j + q < p.valid && mine > 0 ? mine : 0.0f);
+                }
             }
-            float mine = 0;
-            UNROLL for (uint32_t e = 0; e < 4; e++) {
-                float whole = sum.v[e] + shuffle_xor(sum.v[e], 1);
-                whole += shuffle_xor(whole, 2);
-                if (e == q) mine = whole;
-            }
-            mine += bias;
-            if (r < p.rows)
-                *(T*)(y + r * stride(MT) + 2 * (j + q)) = from_float<T>(inside && j0 + j + q < p.valid && mine > 0 ? mine : 0.0f);
         }
     }
 };
 
-// Rows of w from `listed` on are not read. READY: the list was complete before the kernel ahead of this one began, so weights start at once.
-template <class T, int MT, int DEPTH, int COLUMN_WARPS, bool READY, class Y, class P>
-DEVICE void run(const P& p, const Y& y, uint32_t listed) {
-    constexpr int SHARES = WARPS / COLUMN_WARPS, W_BYTES = 4 * 512, CHUNK_ROUNDS = chunk(MT) / (SHARES * STEP);
+// Rows of w from `listed` on are not read.
+template <class T, int MT, int DEPTH, int COLUMN_WARPS, class Y, class P>
+DEVICE void run(const P& p, Y y, uint32_t listed) {
+    constexpr int SHARES = WARPS / COLUMN_WARPS, W_BYTES = 4 * 512, CHUNK = chunk(COLUMN_WARPS), Y_BYTES = 16 * MT * 2 * CHUNK;
+    static_assert(DEPTH <= CHUNK_ROUNDS, "a chunk is in place when its first round comes");
     let_next_start();
-    if (!READY) wait_for_previous();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     const int share = warp / COLUMN_WARPS;
@@ -86,12 +134,14 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
     const uint32_t rounds = (end - from + SHARES - 1) / SHARES;  // the same for every warp
 
     // Row numbers are fetched a step before their rows, the first ones together: else each would be waited for.
+    // Past the end the last ones again (k is a multiple of 8); those are not used.
     uint32_t rows[DEPTH][4];
     auto look_up = [&](uint32_t s, uint32_t (&to)[4]) {
         const uint32_t j0 = (from + share + s * SHARES) * STEP + 4 * quarter;
-        if (p.index && s < steps && j0 < p.k) load_early(p.index + j0, to);
-        else
-            UNROLL for (int r = 0; r < 4; r++) to[r] = j0 + r;
+        load_early(p.index + (j0 < p.k ? j0 : p.k - 4), to);
+    };
+    auto number = [&](uint32_t s, uint32_t (&to)[4]) {
+        UNROLL for (int r = 0; r < 4; r++) to[r] = (from + share + s * SHARES) * STEP + 4 * quarter + r;
     };
     auto issue = [&](uint32_t s, const uint32_t (&numbers)[4]) {
         if (s < steps) {
@@ -110,28 +160,35 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int n = 0; n < 8; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
-    UNROLL for (int s = 0; s < DEPTH; s++) look_up(s, rows[s]);
+    if (p.index)
+        UNROLL for (int s = 0; s < DEPTH; s++) look_up(s, rows[s]);
+    else
+        UNROLL for (int s = 0; s < DEPTH; s++) number(s, rows[s]);
     UNROLL for (int s = 0; s < DEPTH - 1; s++) issue(s, rows[s]);
-    if (READY) wait_for_previous();
+    auto buffer = [&](uint32_t s) { return y_shared + s / CHUNK_ROUNDS % 2 * Y_BYTES; };
+    auto column_of = [&](uint32_t s) { return (from + s * SHARES) * STEP; };
+    y.expect(y_shared, column_of(0), end * STEP, true);
+    wait_for_previous();
     for (uint32_t s = 0; s < rounds; s++) {
         if (s % CHUNK_ROUNDS == 0) {
-            const uint32_t left = rounds - s;
-            if (s) sync_block();
-            y.stage(y_shared, (from + s * SHARES) * STEP, (left < CHUNK_ROUNDS ? left : CHUNK_ROUNDS) * SHARES * STEP);
+            const uint32_t next = s + CHUNK_ROUNDS;
+            y.stage(buffer(s), column_of(s), end * STEP, s == 0);
             sync_block();
+            if (next < rounds) y.expect(buffer(next), column_of(next), end * STEP, false);
         }
         copy_wait<DEPTH - 2>();
         sync_warp();
         issue(s + DEPTH - 1, rows[DEPTH - 1]);
-        look_up(s + DEPTH, rows[DEPTH - 1]);
+        if (p.index) look_up(s + DEPTH, rows[DEPTH - 1]);
+        else number(s + DEPTH, rows[DEPTH - 1]);
         if (s >= steps) continue;
         const unsigned char* w = w_mine + s % DEPTH * W_BYTES;
-        const unsigned char* x = y_shared + 2 * ((s % CHUNK_ROUNDS * SHARES + share) * STEP + 4 * t) + g * stride(MT);
+        const unsigned char* x = buffer(s) + y_place<CHUNK>(g, (s % CHUNK_ROUNDS * SHARES + share) * STEP + 4 * t);
         Words4 row[4];
         UNROLL for (int r = 0; r < 4; r++) row[r] = *(const Words4*)(w + (4 * t + r) * 128 + (g ^ (2 * t)) * 16);
         uint32_t a[MT][4];
         UNROLL for (int m = 0; m < MT; m++) {
-            Words2 low = *(const Words2*)(x + 16 * m * stride(MT)), high = *(const Words2*)(x + (16 * m + 8) * stride(MT));
+            Words2 low = *(const Words2*)(x + 16 * m * 2 * CHUNK), high = *(const Words2*)(x + (16 * m + 8) * 2 * CHUNK);
             a[m][0] = low.w[0];
             a[m][1] = high.w[0];
             a[m][2] = low.w[1];
@@ -179,23 +236,24 @@ DEVICE void run(const P& p, const Y& y, uint32_t listed) {
     }
 }
 
-template <class T, int MT, int DEPTH> DEVICE void given(const LinearParams& p) {
-    run<T, MT, DEPTH, 4, false>(p, Given<T, MT>{p}, p.k);
+template <class T, int MT, int DEPTH, int COLUMN_WARPS> DEVICE void given(const LinearParams& p) {
+    run<T, MT, DEPTH, COLUMN_WARPS>(p, Given<T, MT, chunk(COLUMN_WARPS)>{p}, p.k);
 }
 template <class T, int DEPTH, int COLUMN_WARPS> DEVICE void made(const DownParams& p) {
-    run<T, 1, DEPTH, COLUMN_WARPS, true>(p, Made<T, 1>{p}, p.valid);
+    run<T, 1, DEPTH, COLUMN_WARPS>(p, Made<T, chunk(COLUMN_WARPS)>{p, {}}, p.valid);
 }
 
 }  // namespace down
 
-// Rows up to 16, 32, 64; the depths keep about 112 KiB under way a multiprocessor.
+// Rows up to 16, 32, 64; the depths keep 112 to 160 KiB under way a multiprocessor. `half`: half the columns a
+// block, so half as many parts for the norm to add, and y read twice as often.
 #define DOWN(type)                                                                                                     \
-    KERNEL(256, 2) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 5>(p); }          \
-    KERNEL(256, 2) linear_down_##type##_2(const GRID_CONSTANT LinearParams p) { down::given<type, 2, 5>(p); }          \
-    KERNEL(256, 1) linear_down_##type##_4(const GRID_CONSTANT LinearParams p) { down::given<type, 4, 8>(p); }          \
-    KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5, 4>(p); }                    \
-    KERNEL(256, 1) mlp_down_deep_##type(const GRID_CONSTANT DownParams p) { down::made<type, 9, 4>(p); }               \
-    KERNEL(256, 1) mlp_down_narrow_##type(const GRID_CONSTANT DownParams p) { down::made<type, 9, 2>(p); }
+    KERNEL(256, 2) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 6, 4>(p); }       \
+    KERNEL(256, 2) linear_down_##type##_2(const GRID_CONSTANT LinearParams p) { down::given<type, 2, 5, 4>(p); }       \
+    KERNEL(256, 1) linear_down_##type##_4(const GRID_CONSTANT LinearParams p) { down::given<type, 4, 8, 4>(p); }       \
+    KERNEL(256, 2) linear_down_half_##type(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 5, 2>(p); }      \
+    KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 6, 4>(p); }                    \
+    KERNEL(256, 2) mlp_down_half_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5, 2>(p); }
 DOWN(bf16)
 DOWN(f16)
 #undef DOWN

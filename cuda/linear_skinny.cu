@@ -1,5 +1,5 @@
 // out[split][row][neuron] = sum over the split's k of x[row][k] w[neuron][k], for up to 64 rows:
-// the products of a decode step. With `index`, neuron j is row index[j] of w (selective MLP, up).
+// the products of a decode step. In `linear_up`, neuron j is row index[j] of w (selective MLP).
 //
 // Traffic: each weight is read once from device memory; x is read once per block of neurons from the
 // L2, `rows / (64 MT)` bytes per byte of weights. The weights are the 16-row side of m16n8k16, the
@@ -17,9 +17,10 @@ constexpr int STEPS_PER_CHUNK = CHUNK / STEP;
 constexpr int X_STRIDE = CHUNK * 2 + 64;  // bytes; the 64 keep eight lanes on different banks
 
 // The sums of the block's part in `c`: lane 4 g + t has neurons neuron0 + 16 m + g (+ 8 for i > 1) of
-// rows 8 n + 2 t + i % 2. READY: the list was complete before the kernel ahead of this one began.
-template <class T, int MT, int NT, bool READY> DEVICE uint32_t sums(const LinearParams& p, float (&c)[MT][NT][4]) {
-    constexpr int DEPTH = MT > 1 ? 3 : READY ? 5 : 4, BUFFERS = MT > 1 ? 2 : 3;  // at least two blocks a multiprocessor
+// rows 8 n + 2 t + i % 2. LISTED: neuron j is row index[j] of w,
+// a list that was complete before the kernel ahead of this one began.
+template <class T, int MT, int NT, bool LISTED> DEVICE uint32_t sums(const LinearParams& p, float (&c)[MT][NT][4]) {
+    constexpr int DEPTH = MT > 1 ? 3 : LISTED ? 5 : 4, BUFFERS = MT > 1 ? 2 : 3;  // at least two blocks a multiprocessor
     let_next_start();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -37,7 +38,7 @@ template <class T, int MT, int NT, bool READY> DEVICE uint32_t sums(const Linear
     auto find_rows = [&] {
         UNROLL for (int i = 0; i < 4 * MT; i++) {
             const uint32_t n = neuron0 + 4 * i + lane / 8;
-            const uint32_t at = n < p.n && p.index ? READY ? load_early(p.index + n) : p.index[n] : n;
+            const uint32_t at = LISTED ? load_early(p.index + (n < p.n ? n : p.n - 1)) : n;
             row[i] = n >= p.n ? nullptr
                 : p.more && n >= p.first ? (const T*)p.more + (uint64_t)(n - p.first) * p.k
                 : (const T*)p.w + (uint64_t)at * p.k;
@@ -67,11 +68,10 @@ template <class T, int MT, int NT, bool READY> DEVICE uint32_t sums(const Linear
         UNROLL for (int n = 0; n < NT; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
     // Weights are constants: their loads start before the kernel that makes x has ended.
-    if (p.index && !READY) wait_for_previous();
     find_rows();
     for (uint32_t s = 0; s < DEPTH - 1; s++)
         if (s < steps) issue_w(s);
-    if (!p.index || READY) wait_for_previous();
+    wait_for_previous();
     for (uint32_t s = 0; s < DEPTH - 1; s++) {
         if (s < steps && s % STEPS_PER_CHUNK == 0) issue_x(s);
         copy_commit();
@@ -114,9 +114,9 @@ template <class T, int MT, int NT, bool READY> DEVICE uint32_t sums(const Linear
     return neuron0;
 }
 
-template <class T, int MT, int NT, bool READY> DEVICE void run(const LinearParams& p) {
+template <class T, int MT, int NT, bool LISTED> DEVICE void run(const LinearParams& p) {
     float c[MT][NT][4];
-    const uint32_t neuron0 = sums<T, MT, NT, READY>(p, c);
+    const uint32_t neuron0 = sums<T, MT, NT, LISTED>(p, c);
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
     float* out = p.out + (uint64_t)block_y() * p.rows * p.n;
     UNROLL for (int m = 0; m < MT; m++) {

@@ -45,7 +45,7 @@ struct NormParams {
 struct LinearParams {
     const void* x;          // T [rows][k]
     const void* w;          // T [n][k]; for linear_down and linear_tile_nn [k][n]
-    const uint32_t* index;  // null: all; else rows of w, n (down: k) many
+    const uint32_t* index;  // linear_up: [n] rows of w; linear_down: [k] or null; complete before the kernel ahead began
     float* out;
     uint32_t rows;
     uint32_t n;
@@ -194,7 +194,7 @@ struct ActivateParams {
     Partial in;             // columns n, or 2 n with the gate first
     const void* gate_bias;  // null: none
     const void* up_bias;
-    const uint32_t* index;  // null: neuron j; else neuron index[j]
+    const uint32_t* index;  // null: neuron j; else neuron index[j], complete before the kernel ahead began
     const uint32_t* masks;  // null: none; else bits per group [groups][(n + 31) / 32]
     const uint32_t* group;  // [rows] group whose mask applies, NONE: all neurons
     void* out;              // T [rows][n]

@@ -48,11 +48,16 @@ DEVICE void wait_for_previous() {
 #endif
 }
 // What a kernel before the one ahead of this one wrote, and that kernel waited for: see `linear_up` and
-// `mlp_down`. Past the multiprocessor's own cache, which may hold an older value.
-DEVICE uint32_t load_early(const uint32_t* p) { return __ldcg(p); }
+// `linear_down`. Past the multiprocessor's own cache, which may hold an older value. Volatile, so that
+// several loads stay ahead of the copies that use them and are under way together.
+DEVICE uint32_t load_early(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+    return v;
+}
 DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
-    const uint4 four = __ldcg((const uint4*)p);
-    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(__cvta_generic_to_global(p)) : "memory");
 }
 DEVICE void begin_kernel() {
     let_next_start();

@@ -145,13 +145,30 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
     wait_for_previous();  // also by warps without a head
 }
 
-// Block (row, y): a piece of the row's neurons.
+// Block (row, y): a piece of the row's neurons. Biases are constants, and the list was complete before the kernel
+// ahead of this one began: a thread's first biases are loaded while that one still runs.
 template <class T> DEVICE void activate(const ActivateParams& p) {
-    const uint32_t row = block_x();
+    let_next_start();
+    const uint32_t row = block_x(), first = 4 * (block_y() * block_threads() + thread_index());
+    auto load_biases = [&](Floats4 (&bias)[2], uint32_t i) {
+        const void* from[2] = {p.up_bias, p.gate_bias};
+        uint32_t neuron[4] = {i, i + 1, i + 2, i + 3};
+        if (p.index && (from[0] || from[1])) load_early(p.index + i, neuron);
+        UNROLL for (int b = 0; b < 2; b++) {
+            bias[b] = {};
+            if (!from[b]) continue;
+            if (!p.index) bias[b] = load4<T>(from[b], i);
+            else UNROLL for (int j = 0; j < 4; j++) bias[b].v[j] = to_float(((const T*)from[b])[neuron[j]]);
+        }
+    };
+    Floats4 bias[2];
+    if (first < p.n) load_biases(bias, first);
+    wait_for_previous();
     const bool gated = p.kind == 1 || p.kind == 2;
     const uint32_t group = p.group ? p.group[row] : NONE;
     const uint32_t* mask = p.masks && group != NONE ? p.masks + (uint64_t)group * ((p.n + 31) / 32) : nullptr;
-    for (uint32_t i = 4 * (block_y() * block_threads() + thread_index()); i < p.n; i += 4 * block_threads() * grid_y()) {
+    for (uint32_t i = first; i < p.n; i += 4 * block_threads() * grid_y()) {
+        if (i != first) load_biases(bias, i);
         Floats4 sum[2];  // up, gate
         if (gated) {
             partial_sums<4, 2>(sum, p.in, p.rows, row, {p.n + i, i});
@@ -161,13 +178,8 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
             sum[0] = up[0];
             sum[1] = {{0, 0, 0, 0}};
         }
-        const void* biases[2] = {p.up_bias, p.gate_bias};
         UNROLL for (int b = 0; b < 2; b++) {
-            if (!biases[b]) continue;
-            Floats4 bias;
-            if (!p.index) bias = load4<T>(biases[b], i);
-            else UNROLL for (int j = 0; j < 4; j++) bias.v[j] = to_float(((const T*)biases[b])[p.index[i + j]]);
-            UNROLL for (int j = 0; j < 4; j++) sum[b].v[j] += bias.v[j];
+            UNROLL for (int j = 0; j < 4; j++) sum[b].v[j] += bias[b].v[j];
         }
         const uint32_t on = mask ? mask[i / 32] >> i % 32 : ~0u;
         Floats4 y;
@@ -190,7 +202,7 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
     KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
     KERNEL(1024, 1) norm_##type(const GRID_CONSTANT NormParams p) { rows::norm<type>(p); }                            \
     KERNEL(256, 1) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type>(p); }                                \
-    KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { begin_kernel(); rows::activate<type>(p); }
+    KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
 ROWS(bf16)
 ROWS(f16)
 #undef ROWS

@@ -331,8 +331,10 @@ fn side_work_may_run_at_any_time_before_the_join() {
     }
     let early = Tuning { join_early: true, ..Tuning::default() };
     assert!(run(3, early) == first, "joined before the output projection");
-    let serial = run(0, Tuning { beside: false, ..Tuning::default() });
-    assert!(run(0, Tuning { made: false, ..Tuning::default() }) == serial, "all in one stream");
+    let serial = Tuning { beside: false, ..Tuning::default() };
+    assert!(run(0, serial) == first, "all in one stream");
+    let unmade = Tuning { made: false, ..Tuning::default() };
+    assert!(run(1, unmade) == run(2, unmade), "with an activation between the products");
 }
 
 /// A step that fails after the fork leaves neither side work nor a recording behind.

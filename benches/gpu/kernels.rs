@@ -2,7 +2,7 @@
 
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::{DownCut, MADE_ROWS};
+use polar_sparsity::backend::cuda::launch::MADE_ROWS;
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -224,9 +224,12 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
             product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
-            for how in ["apart", "wide", "deep", "narrow"] {
-                if how == "apart" || rows <= MADE_ROWS {
-                    mlp(gpu, how, share, (rows, kept, d, ffn));
+            for half in [false, true] {
+                if rows <= MADE_ROWS {
+                    mlp(gpu, true, half, share, (rows, kept, d, ffn));
+                }
+                if rows <= 16 || !half {
+                    mlp(gpu, false, half, share, (rows, kept, d, ffn));
                 }
             }
         }
@@ -308,13 +311,9 @@ fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {
 }
 
 /// Norm, up, activation and down of a layer one after another, as a step runs them.
-fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
+fn mlp(gpu: &Gpu, made: bool, half: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
     let mut k = gpu.kernels(128, 1);
-    k.tuning.down = match how {
-        "deep" => DownCut::Deep,
-        "narrow" => DownCut::Narrow,
-        _ => DownCut::Wide,
-    };
+    k.tuning.half = half;
     let matrix = u64::from(ffn) * u64::from(d) * 2;
     let copies = gpu.copies(2 * u64::from(kept) * u64::from(d) * 2);
     let (up, down) = (gpu.random(matrix / 2 * copies, 0.02), gpu.random(matrix / 2 * copies, 0.02));
@@ -327,7 +326,7 @@ fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u
     let (up_launch, up_splits) = k.linear_up(rows, kept, d);
     let (made_launch, made_splits) = k.mlp_down(d, kept);
     let (down_launch, down_splits) = k.linear_transposed(rows, d, kept);
-    let splits = if how == "apart" { down_splits } else { made_splits };
+    let splits = if made { made_splits } else { down_splits };
     let up_sums = Partial { data: sums.at, splits: up_splits, columns: kept };
     let us = gpu.time(copies, |i| {
         let norm = NormParams {
@@ -355,7 +354,7 @@ fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u
             ..Default::default()
         };
         gpu.start(&up_launch, &product(h.at, w_up, sums.at, kept, d, up_splits));
-        if how == "apart" {
+        if !made {
             let act = ActivateParams {
                 input: up_sums,
                 up_bias: Ptr::NULL,
@@ -386,8 +385,8 @@ fn mlp(gpu: &Gpu, how: &str, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u
     });
     gpu.report(
         "mlp",
-        &format!("norm, up, down {share} B={rows} {how} splits {up_splits} {splits}"),
-        &format!(r#""rows":{rows},"share":{share},"how":"{how}""#),
+        &format!("norm, up, down {share} B={rows} made {made} half {half} splits {up_splits} {splits}"),
+        &format!(r#""rows":{rows},"share":{share},"made":{made},"half":{half}"#),
         us,
         2.0 * f64::from(kept) * f64::from(d) * 2.0,
     );

@@ -4,7 +4,7 @@
 use crate::models::{Model, all};
 use crate::timing::Gpu;
 use polar_sparsity::backend::cuda::driver::Driver;
-use polar_sparsity::backend::cuda::launch::{DownCut, Tuning};
+use polar_sparsity::backend::cuda::launch::Tuning;
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
@@ -14,8 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments that make steps with another choice between equivalent launches.
-pub(crate) const TUNINGS: &[&str] =
-    &["tuning:serial", "tuning:unmade", "tuning:deep", "tuning:narrow", "tuning:early"];
+pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:half", "tuning:early"];
 
 /// What those arguments say.
 fn tuning() -> Tuning {
@@ -23,11 +22,7 @@ fn tuning() -> Tuning {
     Tuning {
         beside: !wants("serial"),
         made: !wants("unmade"),
-        down: match (wants("deep"), wants("narrow")) {
-            (true, _) => DownCut::Deep,
-            (_, true) => DownCut::Narrow,
-            _ => DownCut::Wide,
-        },
+        half: wants("half"),
         join_early: wants("early"),
     }
 }

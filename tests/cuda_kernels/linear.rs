@@ -2,7 +2,7 @@
 
 use crate::bench::{Bench, Rng, close, rounded};
 use crate::orders;
-use polar_sparsity::backend::cuda::launch::{DownCut, Kernels};
+use polar_sparsity::backend::cuda::launch::Kernels;
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -23,14 +23,14 @@ struct Case {
     k: usize,
     /// Rows of w on disk when a list picks among them.
     stored: Option<usize>,
+    /// By the down product in blocks of half as many columns.
+    half: bool,
 }
+
+const PLAIN: Case =
+    Case { dtype: DType::BF16, layout: Layout::Rows, rows: 0, n: 0, k: 0, stored: None, half: false };
 
 fn product(bench: &Bench, c: &Case) -> Vec<u8> {
-    product_by(bench, c, false)
-}
-
-/// `up`: by the selective MLP's first product.
-fn product_by(bench: &Bench, c: &Case, up: bool) -> Vec<u8> {
     let mut rng = Rng((c.rows * 7 + c.n * 3 + c.k) as u64);
     let x = rng.vector(c.rows * c.k, 1.0, c.dtype);
     let picked = if c.layout == Layout::Rows { c.n } else { c.k };
@@ -50,11 +50,12 @@ fn product_by(bench: &Bench, c: &Case, up: bool) -> Vec<u8> {
         let values = rng.vector(width, 0.1, c.dtype);
         w[row * width..(row + 1) * width].copy_from_slice(&values);
     }
-    let k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
+    let mut k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
+    k.tuning.half = c.half;
     let (rows, n, kk) = (c.rows as u32, c.n as u32, c.k as u32);
-    let (launch, splits) = match (c.layout, up) {
-        (Layout::Rows, false) => k.linear(rows, n, kk),
-        (Layout::Rows, true) => k.linear_up(rows, n, kk),
+    let (launch, splits) = match (c.layout, c.stored) {
+        (Layout::Rows, None) => k.linear(rows, n, kk),
+        (Layout::Rows, Some(_)) => k.linear_up(rows, n, kk),
         (Layout::Columns, _) => k.linear_transposed(rows, n, kk),
     };
     let count = splits as usize * c.rows * c.n;
@@ -103,12 +104,15 @@ fn skinny_products_at_every_tile_edge() {
     for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
         product(
             &Bench::new(0),
-            &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n: 70, k: 264, stored: None },
+            &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n: 70, k: 264, stored: None, ..PLAIN },
         );
     }
     for (n, k) in [(1, 8), (64, 32), (65, 40), (200, 1032)] {
         orders(|b| {
-            product(b, &Case { dtype: DType::F16, layout: Layout::Rows, rows: 3, n, k, stored: None })
+            product(
+                b,
+                &Case { dtype: DType::F16, layout: Layout::Rows, rows: 3, n, k, stored: None, ..PLAIN },
+            )
         });
     }
 }
@@ -117,15 +121,16 @@ fn skinny_products_at_every_tile_edge() {
 fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
         orders(|b| {
-            let c = Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) };
-            assert!(product_by(b, &c, false).len() == 4 * rows * n);
-            product_by(b, &Case { k: 648, ..c }, true)
+            let c =
+                Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300), ..PLAIN };
+            assert!(product(b, &c).len() == 4 * rows * n);
+            product(b, &Case { k: 648, ..c })
         });
     }
 }
 
 /// The down product that makes its input: parts of the up product, biases, columns past the kept ones.
-fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, cut: DownCut) -> Vec<u8> {
+fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, half: bool) -> Vec<u8> {
     let (dtype, stored) = (DType::BF16, kept + 40);
     let mut rng = Rng((rows * 5 + d + kept) as u64);
     let k = kept.next_multiple_of(8);
@@ -149,7 +154,7 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, c
     let mut index: Vec<u32> = list.iter().map(|&i| i as u32).collect();
     index.resize(k, 0);
     let mut kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
-    kernels.tuning.down = cut;
+    kernels.tuning.half = half;
     let (launch, cut) = kernels.mlp_down(d as u32, k as u32);
     let count = cut as usize * rows * d;
     let out = bench.room(4 * count);
@@ -188,24 +193,13 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, c
 
 #[test]
 fn down_products_that_make_their_input() {
-    for rows in [1, 2, 7, 8, 9, 16] {
-        made_down(
-            &Bench::new(2),
-            rows,
-            72,
-            131,
-            3,
-            [DownCut::Wide, DownCut::Deep, DownCut::Narrow][rows % 3],
-        );
+    for rows in 1..=4 {
+        made_down(&Bench::new(2), rows, 72, 131, 3, rows % 2 == 0);
     }
-    for (kept, splits, cut) in [
-        (1, 1, DownCut::Narrow),
-        (16, 2, DownCut::Deep),
-        (127, 16, DownCut::Wide),
-        (1100, 5, DownCut::Narrow),
-        (2203, 4, DownCut::Wide),
-    ] {
-        orders(|b| made_down(b, 3, 264, kept, splits, cut));
+    for (kept, splits, half) in
+        [(1, 1, true), (16, 2, false), (127, 16, false), (1100, 5, true), (2203, 4, false), (4100, 3, true)]
+    {
+        orders(|b| made_down(b, 3, 264, kept, splits, half));
     }
 }
 
@@ -293,19 +287,19 @@ fn skinny_products_of_two_matrices_are_those_of_one() {
 
 #[test]
 fn down_products_dense_and_of_listed_rows() {
+    let listed = Case { layout: Layout::Columns, n: 72, k: 136, stored: Some(200), ..PLAIN };
     for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
-        let c = Case { dtype: DType::BF16, layout: Layout::Columns, rows, n: 72, k: 136, stored: Some(200) };
-        product(&Bench::new(0), &c);
+        product(&Bench::new(0), &Case { rows, ..listed });
     }
-    // More than one chunk of columns a block.
-    for (rows, k) in [(3, 4808), (40, 2600)] {
-        let c = Case { dtype: DType::BF16, layout: Layout::Columns, rows, n: 1288, k, stored: Some(k + 9) };
-        product(&Bench::new(5), &c);
+    // Several chunks of columns a block.
+    for (rows, k, half) in [(3, 4808, false), (16, 7208, true), (20, 1600, false), (40, 2600, false)] {
+        product(&Bench::new(5), &Case { rows, n: 1288, k, stored: Some(k + 9), half, ..listed });
     }
-    for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
-        orders(|b| {
-            product(b, &Case { dtype: DType::F16, layout: Layout::Columns, rows: 5, n, k, stored: None })
-        });
+    for half in [false, true] {
+        for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
+            let c = Case { dtype: DType::F16, rows: 5, n, k, stored: None, half, ..listed };
+            orders(|b| product(b, &c));
+        }
     }
 }
 
@@ -313,8 +307,10 @@ fn down_products_dense_and_of_listed_rows() {
 fn tiled_products_with_ragged_edges() {
     for layout in [Layout::Rows, Layout::Columns] {
         for (rows, n, k) in [(65, 40, 72), (130, 136, 8), (200, 128, 200)] {
-            product(&Bench::new(0), &Case { dtype: DType::BF16, layout, rows, n, k, stored: None });
+            product(&Bench::new(0), &Case { dtype: DType::BF16, layout, rows, n, k, stored: None, ..PLAIN });
         }
-        orders(|b| product(b, &Case { dtype: DType::F16, layout, rows: 70, n: 24, k: 264, stored: None }));
+        orders(|b| {
+            product(b, &Case { dtype: DType::F16, layout, rows: 70, n: 24, k: 264, stored: None, ..PLAIN })
+        });
     }
 }

@@ -214,10 +214,8 @@ impl Host {
                 side.forked = true;
                 side.coin ^= seed;
             }
-            Entry::Beside(work) => {
-                assert!(side.forked, "side work without a fork");
-                side.waiting.push_back(work.clone());
-            }
+            Entry::Beside(work) if side.forked => side.waiting.push_back(work.clone()),
+            Entry::Beside((launch, params)) => self.run(launch, params)?,
             Entry::Join => {
                 while let Some((launch, params)) = side.waiting.pop_front() {
                     self.run(&launch, &params)?;
@@ -414,10 +412,11 @@ impl Device for Host {
                 Entry::Fork => fork = Some(order.len() + 1),
                 Entry::Join => fork = None,
                 Entry::Beside(_) => {
-                    let at = fork.as_mut().expect("side work without a fork");
-                    order.insert(*at, entry);
-                    *at += 1;
-                    continue;
+                    if let Some(at) = fork.as_mut() {
+                        order.insert(*at, entry);
+                        *at += 1;
+                        continue;
+                    }
                 }
                 Entry::Main(_) => {}
             }

@@ -50,7 +50,7 @@ pub trait Device: Send + Sync + 'static {
     /// on this device, this thread's runs in line instead.
     fn fork(&self) -> Result<()>;
     /// Starts a kernel of the side work: after the side's earlier ones, beside everything that `start` is
-    /// given between fork and join.
+    /// given between fork and join. Without a fork, in line.
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()>;
     /// What is started from here on waits for the side work, and its first kernel for everything before it.
     /// Without side work, nothing happens.

@@ -54,7 +54,7 @@ macro_rules! names {
 }
 
 names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"mlp_down" "mlp_down_deep" "mlp_down_narrow" }
+"linear_down_half" "mlp_down" "mlp_down_half" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -70,7 +70,7 @@ pub const LIBRARY_COLUMNS: u32 = 16_384;
 /// Most parts of a down product's sum.
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Rows up to which the down product makes its own input from the up product's sums.
-pub const MADE_ROWS: u32 = 16;
+pub const MADE_ROWS: u32 = 4;
 /// Neurons up to which their selection keeps its keys in registers.
 const REGISTER_NEURONS: u32 = 16_384;
 /// Neurons whose list one block of a selection writes.
@@ -114,31 +114,19 @@ const PREFILL_CUTS: [(&str, PrefillTile); 5] = [
 /// Choices between launches that compute the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuning {
-    /// The MLP's router chain runs beside QKV and attention; else the products wait for its list as well.
+    /// The MLP's router chain runs beside QKV and attention; else in line with them.
     pub beside: bool,
-    /// The down product of up to [`MADE_ROWS`] rows makes its own input (with `beside` only).
+    /// The down product of up to [`MADE_ROWS`] rows makes its own input.
     pub made: bool,
-    /// How it is cut.
-    pub down: DownCut,
+    /// The down product of up to 16 rows in blocks of 128 columns, not 256: half as many parts of its sum.
+    pub half: bool,
     /// The side work is waited for before the output projection instead of after it.
     pub join_early: bool,
 }
 
-/// How the down product that makes its input is cut into blocks: fewer parts to add against more reads of
-/// the up product's sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DownCut {
-    /// 256 columns, two blocks a multiprocessor.
-    Wide,
-    /// 256 columns, one block with more under way: half as many parts.
-    Deep,
-    /// 128 columns, one block: a quarter as many.
-    Narrow,
-}
-
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true, down: DownCut::Wide, join_early: false }
+        Tuning { beside: true, made: true, half: false, join_early: false }
     }
 }
 
@@ -168,7 +156,8 @@ pub struct Kernels {
     up: [Id; 4],
     router: [Id; 4],
     down: [Id; 3],
-    mlp_down: [Id; 3],
+    down_half: Id,
+    mlp_down: [Id; 2],
     /// Choices that a measurement decides.
     pub tuning: Tuning,
     head_dim: u32,
@@ -252,7 +241,8 @@ impl Kernels {
                 by_name(&format!("linear_down_{t}_2"))?,
                 by_name(&format!("linear_down_{t}_4"))?,
             ],
-            mlp_down: [each("mlp_down")?, each("mlp_down_deep")?, each("mlp_down_narrow")?],
+            down_half: each("linear_down_half")?,
+            mlp_down: [each("mlp_down")?, each("mlp_down_half")?],
             tuning: Tuning::default(),
             head_dim,
             group,
@@ -468,33 +458,48 @@ impl Kernels {
         if rows > SKINNY_ROWS {
             return self.tiled(self.tile[1], rows, n, k);
         }
-        let (i, mt, per_sm, depth) = match rows {
-            0..=16 => (0, 1, 2, 5),
-            17..=32 => (1, 2, 2, 5),
-            _ => (2, 4, 1, 8),
+        let (kernel, cut) = match rows {
+            0..=16 if self.tuning.half => (self.down_half, DownCut::HALF),
+            0..=16 => (self.down[0], DownCut::WHOLE),
+            17..=32 => (self.down[1], DownCut { row_tiles: 2, depth: 5, ..DownCut::WHOLE }),
+            _ => (self.down[2], DownCut { row_tiles: 4, per_sm: 1, depth: 8, ..DownCut::WHOLE }),
         };
-        let (grid, shared) = self.down_grid(n.div_ceil(256), k, mt, per_sm, depth);
-        (Launch { kernel: self.down[i], grid, threads: 256, shared }, grid.1)
+        self.down(kernel, cut, n, k)
     }
 
     /// Down product of a selective MLP of up to [`MADE_ROWS`] rows, from the up product's sums.
     pub fn mlp_down(&self, n: u32, k: u32) -> (Launch, u32) {
-        let (i, columns, per_sm, depth) = match self.tuning.down {
-            DownCut::Wide => (0, 256, 2, 5),
-            DownCut::Deep => (1, 256, 1, 9),
-            DownCut::Narrow => (2, 128, 1, 9),
-        };
-        let (grid, shared) = self.down_grid(n.div_ceil(columns), k, 1, per_sm, depth);
-        (Launch { kernel: self.mlp_down[i], grid, threads: 256, shared }, grid.1)
+        let cut = if self.tuning.half { DownCut::HALF } else { DownCut::WHOLE };
+        self.down(self.mlp_down[usize::from(self.tuning.half)], cut, n, k)
     }
 
     /// As many parts as fill the device once: a part costs little, an idle multiprocessor a lot.
-    fn down_grid(&self, tiles: u32, k: u32, mt: u32, per_sm: u32, depth: u32) -> ((u32, u32), u32) {
+    fn down(&self, kernel: Id, cut: DownCut, n: u32, k: u32) -> (Launch, u32) {
+        let tiles = n.div_ceil(64 * cut.column_warps);
         let most = k.div_ceil(32).clamp(1, MAX_DOWN_SPLITS);
-        let splits = (per_sm * self.multiprocessors / tiles).clamp(1, most);
-        let chunk = if mt > 2 { 256 } else { 512 };
-        ((tiles, splits), 8 * depth * 4 * 512 + 16 * mt * (2 * chunk + 32))
+        let splits = (cut.per_sm * self.multiprocessors / tiles).clamp(1, most);
+        // Weights under way, and two chunks of the input.
+        let chunk = 1024 / cut.column_warps;
+        let shared = 8 * cut.depth * 4 * 512 + 2 * 16 * cut.row_tiles * 2 * chunk;
+        (Launch { kernel, grid: (tiles, splits), threads: 256, shared }, splits)
     }
+}
+
+/// How the down products cut their work, see `linear_down.cu`.
+struct DownCut {
+    /// Of 16.
+    row_tiles: u32,
+    /// Warps side by side, 64 columns each.
+    column_warps: u32,
+    /// Blocks a multiprocessor.
+    per_sm: u32,
+    /// Steps under way.
+    depth: u32,
+}
+
+impl DownCut {
+    const WHOLE: DownCut = DownCut { row_tiles: 1, column_warps: 4, per_sm: 2, depth: 6 };
+    const HALF: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 5 };
 }
 
 /// How the skinny products cut their work: by rows, see `linear_skinny.cu`.

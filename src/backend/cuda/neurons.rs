@@ -3,12 +3,13 @@
 //!
 //! Main: attention norm, QKV, attention, output projection, MLP norm, up, down.
 //! Side: fork after the attention norm; router down, up, selection; join before the MLP norm. So the list is
-//! complete before that norm begins (the join makes it start in order, not early), and the up and down
-//! products may read it, and start on their weights, before the kernels ahead of them end. No buffer that the side writes is used by the main
-//! stream in between, nor the other way round: `h` is read by both, and written again after the join.
+//! complete before that norm begins (the join makes it start in order, not early), and what comes after it
+//! may read it, and start on weights, before the kernels ahead end. No buffer that the side writes is used
+//! by the main stream in between, nor the other way round: `h` is read by both, and written again after the
+//! join.
 
 use super::Cuda;
-use super::device::{Device, start, start_beside};
+use super::device::{Device, start_beside};
 use super::launch::{Launch, MADE_ROWS, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Pending};
@@ -19,15 +20,11 @@ use crate::error::{Error, Result};
 use crate::sparsity::Rule;
 
 impl<D: Device> Cuda<D> {
-    fn go_beside<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
+    fn go_beside<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         if launch.grid.0 == 0 {
             return Ok(());
         }
-        if s.kernels.tuning.beside {
-            start_beside(&*self.device, launch, params)
-        } else {
-            start(&*self.device, launch, params)
-        }
+        start_beside(&*self.device, launch, params)
     }
 
     /// Lets the layer's router chain start, if it will have one.
@@ -46,7 +43,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear(rows, n, k);
         let params = LinearParams { x, w, out, rows, n, k, splits, ..Default::default() };
-        self.go_beside(s, &launch, &params)?;
+        self.go_beside(&launch, &params)?;
         Ok(Partial { data: out, splits, columns: n })
     }
 
@@ -82,12 +79,12 @@ impl<D: Device> Cuda<D> {
             kind: 3,
             ..Default::default()
         };
-        self.go_beside(s, &s.kernels.activate(rows, rank), &z)?;
+        self.go_beside(&s.kernels.activate(rows, rank), &z)?;
         let group = s.tables.groups(which);
         if rows <= SKINNY_ROWS {
             let scores = b.neuron_scores;
             let params = RouterParams { z: b.z, w: l.up, scores, group, rows, n: ffn, rank, first_group };
-            self.go_beside(s, &s.kernels.router_scores(rows, ffn), &params)?;
+            self.go_beside(&s.kernels.router_scores(rows, ffn), &params)?;
         } else {
             let size = (rows, s.shape.neurons as u32, rank);
             let logits = self.product_beside(s, (b.z, l.up), size, b.router_sums)?;
@@ -101,7 +98,7 @@ impl<D: Device> Cuda<D> {
                 first_group,
                 ..Default::default()
             };
-            self.go_beside(s, &s.kernels.neuron_scores(groups, ffn), &params)?;
+            self.go_beside(&s.kernels.neuron_scores(groups, ffn), &params)?;
         }
         s.scored = Some(layer);
         Ok(())
@@ -130,7 +127,7 @@ impl<D: Device> Cuda<D> {
             first_group,
             ..Default::default()
         };
-        self.go_beside(s, &s.kernels.select_neurons(groups, ffn), &params)
+        self.go_beside(&s.kernels.select_neurons(groups, ffn), &params)
     }
 
     /// The MLP when every row runs the same neurons: only their rows are read. False: they do not.
@@ -150,15 +147,12 @@ impl<D: Device> Cuda<D> {
             return Ok(false);
         }
         let (d, n) = (s.shape.hidden as u32, kept.next_multiple_of(8));
-        // In one stream every kernel starts early: the list may not be there when `linear_up` begins.
-        let ready = s.kernels.tuning.beside;
-        let (launch, splits) =
-            if ready { s.kernels.linear_up(rows, n, d) } else { s.kernels.linear(rows, n, d) };
+        let (launch, splits) = s.kernels.linear_up(rows, n, d);
         let (x, w, index, out) = (b.h, l.first, b.index, b.sums);
         let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
         self.go(s, &launch, &up)?;
         let input = Partial { data: b.sums, splits, columns: n };
-        let sum = if rows <= MADE_ROWS && ready && s.kernels.tuning.made {
+        let sum = if rows <= MADE_ROWS && s.kernels.tuning.made {
             let (launch, splits) = s.kernels.mlp_down(d, n);
             let params = DownParams {
                 up: input,

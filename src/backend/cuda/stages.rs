@@ -41,12 +41,12 @@ impl<D: Device> Cuda<D> {
     pub(super) fn product(
         &self,
         s: &CudaScratch<D>,
-        (x, w, index): (Ptr, Ptr, Ptr),
+        (x, w): (Ptr, Ptr),
         (rows, n, k): (u32, u32, u32),
         out: Ptr,
     ) -> Result<Partial> {
         let (launch, splits) = s.kernels.linear(rows, n, k);
-        let mut params = LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() };
+        let mut params = LinearParams { x, w, out, rows, n, k, splits, ..Default::default() };
         if self.by_library(s, &params, false, &launch)? {
             params.splits = 1;
         } else {
@@ -56,7 +56,7 @@ impl<D: Device> Cuda<D> {
         Ok(Partial { data: out, splits, columns: n })
     }
 
-    /// The same for a matrix stored `[k, n]`.
+    /// The same for a matrix stored `[k, n]`; `index`: for these of its rows only.
     pub(super) fn product_transposed(
         &self,
         s: &CudaScratch<D>,
@@ -173,7 +173,7 @@ impl<D: Device> Cuda<D> {
     ) -> Result<(Partial, Option<(Partial, u32)>)> {
         let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
         let Some(router) = router else {
-            return Ok((self.product(s, (b.h, w, Ptr::NULL), (rows, first, k), b.sums)?, None));
+            return Ok((self.product(s, (b.h, w), (rows, first, k), b.sums)?, None));
         };
         let n = first + router.attn_room() as u32;
         let (launch, splits) = s.kernels.linear(rows, n, k);
@@ -197,11 +197,11 @@ impl<D: Device> Cuda<D> {
         let qkv = if taken {
             Partial { data: b.sums, splits: 1, columns: first }
         } else {
-            self.product(s, (b.h, w, Ptr::NULL), (rows, first, k), b.sums)?
+            self.product(s, (b.h, w), (rows, first, k), b.sums)?
         };
         let (size, behind) = ((sequences, router.attn_rows as u32, k), qkv.splits * rows * first);
         let out = b.sums.offset(4 * u64::from(behind));
-        let logits = self.product(s, (b.h, router.attn.weight, Ptr::NULL), size, out)?;
+        let logits = self.product(s, (b.h, router.attn.weight), size, out)?;
         Ok((qkv, Some((logits, sequences))))
     }
 
@@ -344,7 +344,7 @@ impl<D: Device> Cuda<D> {
             self.device.join()?;
         }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
-        let sum = self.product(s, (b.attention, l.o.weight, Ptr::NULL), size, b.delta)?;
+        let sum = self.product(s, (b.attention, l.o.weight), size, b.delta)?;
         s.pending = Pending { sum, bias: l.o.bias };
         Ok(())
     }
@@ -385,13 +385,13 @@ impl<D: Device> Cuda<D> {
             act.group = s.tables.groups(which);
         }
         let width = s.shape.first() as u32;
-        act.input = self.product(s, (b.h, l.first, Ptr::NULL), (rows, width, d), b.sums)?;
+        act.input = self.product(s, (b.h, l.first), (rows, width, d), b.sums)?;
         self.go(s, &s.kernels.activate(rows, neurons), &act)?;
-        let (size, down) = ((rows, d, neurons), (b.y, l.down.weight, Ptr::NULL));
+        let size = (rows, d, neurons);
         let sum = if s.shape.gated {
-            self.product(s, down, size, b.delta)?
+            self.product(s, (b.y, l.down.weight), size, b.delta)?
         } else {
-            self.product_transposed(s, down, size, b.delta)?
+            self.product_transposed(s, (b.y, l.down.weight, Ptr::NULL), size, b.delta)?
         };
         s.pending = Pending { sum, bias: l.down.bias };
         Ok(())
