@@ -2,7 +2,7 @@
 
 use super::buckets::buckets;
 use super::device::Device;
-use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
 use super::sampling::Sampling;
@@ -111,7 +111,7 @@ impl<D: Device> CudaScratch<D> {
         if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
-        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens())?;
+        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens(TileSize::Small))?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
