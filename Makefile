@@ -47,9 +47,10 @@ KERNEL_TABLE = from=$$(ls -t $(RELEASE)/build/polar-sparsity-*/out/kernels.txt |
 demo: examples
 	$(EXAMPLES)/generate $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-examples: build $(EXAMPLES)/generate $(EXAMPLES)/batch $(EXAMPLES)/async $(EXAMPLES)/server
+examples: build $(EXAMPLES)/generate $(EXAMPLES)/batch $(EXAMPLES)/async $(EXAMPLES)/server \
+  $(EXAMPLES)/operators
 
-LINK = -L$(RELEASE) -lpolar_sparsity -Wl,-rpath,'$$ORIGIN/../release'
+LINK = -L$(RELEASE) -lpolar_sparsity -Wl,-rpath,'$$ORIGIN/../release' -ldl -lm
 
 $(EXAMPLES)/%: examples-c/%.c include/polar_sparsity.h | build
 	mkdir -p $(EXAMPLES)
@@ -108,7 +109,8 @@ quality:
 	cat fixtures/quality.md
 
 header:
-	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test header --test abi
+	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test header
+	POLAR_WRITE_HEADER=1 $(CARGO) test --locked --test abi
 
 clean:
 	$(CARGO) clean

@@ -63,6 +63,7 @@ pub(crate) fn kernels() {
     fail_on_spills(&table);
     println!("cargo::rustc-cfg=polar_kernels");
     println!("cargo::rustc-env=POLAR_FATBIN={}", out.display());
+    println!("cargo::rustc-env=POLAR_FATBIN_ARCHS={archs}{}", if archs == ARCHS { " ptx80" } else { "" });
 }
 
 /// What ptxas says of one kernel on one target.

@@ -17,6 +17,7 @@
 namespace decode {
 
 constexpr int WARPS = 4;
+constexpr float LN_2 = 0.69314718f;
 // A run of pages [first, end) of slot `slot` (0 .. keep[b] - 1) of sequence `b`, `length` pages long.
 struct Segment { uint32_t b, slot, first, end, length; };
 
@@ -92,7 +93,7 @@ struct Loads {
         if (head == NONE) head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
         const uint32_t id = shuffle(ids, (page - ids_from) / WARPS);
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
-        const char* from = (const char*)p.kv + ((uint64_t)id * p.kv_heads + head) * BYTES;
+        const char* from = (const char*)p.kv + id * p.page_stride + head * p.head_stride;
         tile_load(ring + stage * BYTES, from, BYTES, barriers + stage);
         issued++;
         stage = stage + 1 == p.stages ? 0 : stage + 1;
@@ -161,8 +162,9 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     auto open = [&] {
         if (!walk.next(p, segment)) return false;
         const uint32_t slot = segment.b * p.kv_heads + segment.slot;
-        first_row = segment.b * p.heads + (p.selected ? p.selected[slot] : segment.slot) * group;
-        const T* q = (const T*)p.q + (uint64_t)first_row * HD;
+        const uint32_t row = (p.selected ? p.selected[slot] : segment.slot) * group;
+        first_row = segment.b * p.heads + row;
+        const T* q = (const T*)p.q + segment.b * p.q_stride + row * HD;
         Math::load_query(query, (uint32_t)g < group ? q + g * HD : nullptr,
                          (uint32_t)g + 8 < group ? q + (g + 8) * HD : nullptr);
         return true;
@@ -236,6 +238,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
             }
         }
         T* out = (T*)p.out + (uint64_t)first_row * HD;
+        float* lse = p.lse ? p.lse + first_row : nullptr;
         uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
         more = open();  // the next query is on its way while this segment is merged
         sync_block();
@@ -256,6 +259,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
             }
             if (others == 0) {
                 store4<T>(out, i, divided(x, sum));
+                if (lse && i % HD == 0) lse[row] = LN_2 * (m + log2_fast(sum));
             } else {
                 *(Floats4*)(part + i) = x;
                 if (i % HD == 0) *(Floats2*)(part + values + 2 * row) = {{m, sum}};
@@ -297,6 +301,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
                 }
             }
             store4<T>(out, i, divided(x, sum));
+            if (lse && i % HD == 0) lse[row] = LN_2 * (m + log2_fast(sum));
         }
     }
 }

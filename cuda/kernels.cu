@@ -6,6 +6,7 @@
 #include "linear_tile.cu"
 #include "rows.cu"
 #include "select.cu"
+#include "plan.cu"
 #include "neurons.cu"
 #include "sample.cu"
 #include "sample_draw.cu"

@@ -106,7 +106,7 @@ struct QkvParams {
 
 // One query token per sequence against its pages.
 struct DecodeParams {
-    const void* q;              // T [sequences][heads][head_dim]
+    const void* q;              // T [sequences][heads][head_dim], sequences q_stride elements apart
     const void* kv;             // this layer's pages
     const uint32_t* pages;      // block tables
     const uint32_t* first_page; // [sequences] into pages, of the first page attention reads
@@ -116,8 +116,12 @@ struct DecodeParams {
     const uint32_t* keep;       // [sequences] kv heads to compute
     const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + segment_cost)
     void* out;                  // T [sequences][heads][head_dim]
+    float* lse;                 // [sequences][heads] ln of the sum of exponentials, null: not wanted
     float* parts;               // [workers][2][group][head_dim + 4]
     uint32_t* counters;         // [sequences][kv_heads], zero between launches
+    uint64_t page_stride;       // bytes from a page to the next, and from a head of it to the next
+    uint64_t head_stride;
+    uint64_t q_stride;
     uint32_t sequences;
     uint32_t heads;
     uint32_t kv_heads;
@@ -126,6 +130,42 @@ struct DecodeParams {
     uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
     uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
     float scale;                // of q k, times log2(e)
+};
+
+// Operator level: the tables of DecodeParams from a host's block table and lengths (plan.cu).
+struct PlanParams {
+    const int32_t* lengths;   // [sequences] tokens in the cache, the newest included
+    const int32_t* wanted;    // [sequences] kv heads to compute, null: all
+    uint32_t* first_page;     // as in DecodeParams, from here on
+    uint32_t* tokens;
+    uint32_t* skip;
+    uint32_t* keep;
+    uint32_t* prefix;
+    uint32_t* counters;
+    uint32_t sequences;
+    uint32_t kv_heads;
+    uint32_t max_pages;       // pages of a sequence: what is longer is cut
+    uint32_t table_stride;    // entries from a sequence's block table to the next
+    uint32_t window;          // tokens, NONE: unlimited
+    uint32_t segment_cost;    // as in DecodeParams
+};
+
+// Operator level: zeros where decode attention writes nothing (plan.cu).
+struct ZeroParams {
+    const uint16_t* selected;  // as in DecodeParams
+    const uint32_t* keep;
+    void* out;                 // 16-bit [sequences][kv_heads][unit_width]
+    float* lse;                // [sequences][kv_heads][group]: minus infinity there; null: none
+    uint32_t kv_heads;
+    uint32_t unit_width;       // a multiple of 8
+    uint32_t group;
+};
+
+// Operator level: group 0 for the rows of a batch, NONE for its padding (plan.cu).
+struct MarkParams {
+    const int32_t* active;  // rows that are no padding, null: all
+    uint32_t* group;        // [rows]
+    uint32_t rows;
 };
 
 // A tile of query tokens of one sequence.

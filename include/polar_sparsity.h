@@ -15,6 +15,15 @@
  *
  * examples-c/generate.c walks it in full; polar_sparsity.hpp wraps it for C++17.
  *
+ * Below that way, for stacks that own their weights, KV pages and stream, the operators alone; they
+ * need none of the above. examples-c/operators.c runs a layer with them, examples-python/operators.py
+ * does it on torch tensors:
+ *
+ *   polar_op_library_create     the kernels, in the host's CUDA context
+ *   polar_op_attention_plan     once per step: lengths to work for every multiprocessor
+ *   polar_op_head_selection_run, polar_op_attention_run       per layer: which heads, then only those
+ *   polar_op_neuron_selection_run, polar_op_mlp_run           per layer: which neurons, then only those
+ *
  * Rules that hold everywhere:
  *
  *   Errors      A call that can fail returns a polar_status and takes a polar_error last, which may
@@ -86,6 +95,9 @@ typedef struct polar_engine polar_engine;
 
 // Immutable weights on a device.
 typedef struct polar_model polar_model;
+
+// The kernels, loaded into one CUDA context of the host.
+typedef struct polar_op_library polar_op_library;
 
 // Immutable router weights for one model.
 typedef struct polar_routers polar_routers;
@@ -190,45 +202,6 @@ typedef struct {
 // `POLAR_E_BUSY`.
 typedef int32_t (*polar_progress_fn)(void *user, uint64_t done, uint64_t total);
 
-// What a model is.
-typedef struct {
-  // `sizeof(polar_model_info)`, set by the caller.
-  uint32_t struct_size;
-  // Tokens are 0 up to, not including, this; as many logits.
-  uint32_t vocab_size;
-  // Decoder layers.
-  uint32_t num_layers;
-  // Query heads.
-  uint32_t num_heads;
-  // Key/value heads: the units of attention sparsity.
-  uint32_t num_kv_heads;
-  // Dimensions of one head.
-  uint32_t head_dim;
-  // Width of the hidden state.
-  uint32_t hidden_size;
-  // MLP neurons of a layer.
-  uint32_t ffn_size;
-  // Longest context, prompt and output together.
-  uint32_t max_positions;
-  // `POLAR_DTYPE_` of the stored weights.
-  polar_dtype dtype;
-  // Token that begins a text, or -1.
-  int32_t bos_token;
-  // End-of-sequence tokens the model has; the first 8 are in `eos_tokens`.
-  uint32_t n_eos;
-  // See `n_eos`; -1 where there is none.
-  int32_t eos_tokens[8];
-  // Bytes of the weights on the device.
-  uint64_t weight_bytes;
-  // Family as its config names it: `opt`, `llama`, `mistral`, `qwen2`, `qwen3`; terminated.
-  char family[16];
-  // Device and instruction set it runs on; terminated UTF-8.
-  char device_name[96];
-} polar_model_info;
-
-// Bits of the `flags` of `polar_tokenizer_encode` and `polar_tokenizer_decode`.
-typedef uint32_t polar_text_flags;
-
 // How a request's MLP runs while it decodes.
 typedef uint32_t polar_mlp_mode;
 
@@ -267,6 +240,77 @@ typedef struct {
   // Seed of `POLAR_SOURCE_RANDOM`.
   uint64_t attn_seed;
 } polar_engine_options;
+
+// What a model and an engine would take on a device, and what fits. All sizes are the device's.
+typedef struct {
+  // `sizeof(polar_estimate)`, set by the caller.
+  uint32_t struct_size;
+  // 1 if all of it fits into what is free now.
+  uint32_t fits;
+  // Sequences in a step, with the default applied.
+  uint32_t max_batch;
+  // Longest context, with the default applied.
+  uint32_t max_context;
+  // Bytes of the weights.
+  uint64_t weight_bytes;
+  // Bytes of the routers.
+  uint64_t router_bytes;
+  // Bytes of activations, sums and tables of a step.
+  uint64_t scratch_bytes;
+  // Bytes of one KV page: 16 tokens, all layers.
+  uint64_t page_bytes;
+  // Bytes of KV cache for one token.
+  uint64_t token_bytes;
+  // Pages the engine would take.
+  uint64_t kv_pages;
+  // Bytes of all of the above together, with that many pages.
+  uint64_t needed_bytes;
+  // Bytes that are free now.
+  uint64_t free_bytes;
+  // Most pages that fit, whatever the engine's options say.
+  uint64_t max_kv_pages;
+  // Contexts of `max_context` tokens that they hold.
+  uint64_t max_contexts;
+} polar_estimate;
+
+// What a model is.
+typedef struct {
+  // `sizeof(polar_model_info)`, set by the caller.
+  uint32_t struct_size;
+  // Tokens are 0 up to, not including, this; as many logits.
+  uint32_t vocab_size;
+  // Decoder layers.
+  uint32_t num_layers;
+  // Query heads.
+  uint32_t num_heads;
+  // Key/value heads: the units of attention sparsity.
+  uint32_t num_kv_heads;
+  // Dimensions of one head.
+  uint32_t head_dim;
+  // Width of the hidden state.
+  uint32_t hidden_size;
+  // MLP neurons of a layer.
+  uint32_t ffn_size;
+  // Longest context, prompt and output together.
+  uint32_t max_positions;
+  // `POLAR_DTYPE_` of the stored weights.
+  polar_dtype dtype;
+  // Token that begins a text, or -1.
+  int32_t bos_token;
+  // End-of-sequence tokens the model has; the first 8 are in `eos_tokens`.
+  uint32_t n_eos;
+  // See `n_eos`; -1 where there is none.
+  int32_t eos_tokens[8];
+  // Bytes of the weights on the device.
+  uint64_t weight_bytes;
+  // Family as its config names it: `opt`, `llama`, `mistral`, `qwen2`, `qwen3`; terminated.
+  char family[16];
+  // Device and instruction set it runs on; terminated UTF-8.
+  char device_name[96];
+} polar_model_info;
+
+// Bits of the `flags` of `polar_tokenizer_encode` and `polar_tokenizer_decode`.
+typedef uint32_t polar_text_flags;
 
 // Bits of `polar_request.flags`.
 typedef uint32_t polar_request_flags;
@@ -421,6 +465,202 @@ typedef struct {
   // Natural log of its probability.
   float logprob;
 } polar_logprob;
+
+// Bits of `polar_op_attention.flags`.
+typedef uint32_t polar_op_flags;
+
+// An address in device memory: a `CUdeviceptr`, or a pointer of the CUDA runtime as an integer
+// (torch: `tensor.data_ptr()`). 0 is NULL.
+typedef uint64_t polar_device_ptr;
+
+// Decode attention over pages of the host's KV cache: one query token per sequence, only the KV heads
+// that the sequence keeps. Dense attention is the same with `keep` and `selected` 0.
+//
+// A page is 16 tokens of one layer, head by head, so that a head that is not kept is not read at all:
+// `kv[page][kv_head][K or V][16][head_dim]`. K and V of a head and its 16 tokens lie together; pages and
+// heads may lie anywhere (`page_stride`, `head_stride`), so one pool may hold all layers.
+//
+// `keep`, `seq_lens` and the block table are read on the device, so a recorded graph follows them.
+typedef struct {
+  // `sizeof(polar_op_attention)`, set by the caller.
+  uint32_t struct_size;
+  // `POLAR_DTYPE_F16` or `POLAR_DTYPE_BF16`: of q, pages and output. Sums are f32.
+  polar_dtype dtype;
+  // Sequences in the batch, padding included.
+  uint32_t num_sequences;
+  // Query heads.
+  uint32_t num_heads;
+  // KV heads, at most 256. Query heads h * group and up share KV head h, with
+  // group = num_heads / num_kv_heads from 1 to 16.
+  uint32_t num_kv_heads;
+  // 64, 80, 96, 128 or (up to 8 query heads per KV head) 256.
+  uint32_t head_dim;
+  // Entries of a sequence's block table. A sequence longer than 16 times this is cut.
+  uint32_t max_pages;
+  // From one sequence's block table to the next; 0 = `max_pages`.
+  uint32_t block_table_stride;
+  // Only so many newest tokens are seen; 0 = all.
+  uint32_t window;
+  // Factor of q k; 0 = 1 / sqrt(head_dim).
+  float scale;
+  // `POLAR_OP_` bits.
+  polar_op_flags flags;
+  // Must be 0.
+  uint32_t reserved;
+  // From one sequence's q to the next, a multiple of 8; 0 = packed. For q inside a fused QKV output.
+  uint64_t q_stride;
+  // From one page to the next, a multiple of 8; 0 = packed.
+  uint64_t page_stride;
+  // From one KV head of a page to the next, a multiple of 8; 0 = packed.
+  uint64_t head_stride;
+  // Queries, `[num_sequences][num_heads][head_dim]`, rotated; 16-byte aligned.
+  polar_device_ptr q;
+  // Pages; 16-byte aligned, best 128.
+  polar_device_ptr kv;
+  // int32 `[num_sequences][max_pages]`: numbers of pages, the oldest first. Entries behind a sequence's
+  // last page are not read.
+  polar_device_ptr block_table;
+  // int32 `[num_sequences]`: tokens in the cache, the one that is decoded included. 0 (or less) =
+  // padding.
+  polar_device_ptr seq_lens;
+  // int32 `[num_sequences]`: KV heads each sequence keeps; what is outside 0 to `num_kv_heads` means
+  // all. 0 = all of every sequence.
+  polar_device_ptr keep;
+  // uint16 `[num_sequences][num_kv_heads]`: the kept heads, `keep[b]` of them, each once. 0 = the
+  // first ones.
+  polar_device_ptr selected;
+  // Result, packed `[num_sequences][num_heads][head_dim]`; zeros for heads that are not kept and for
+  // padding. 16-byte aligned.
+  polar_device_ptr out;
+  // float `[num_sequences][num_heads]`: natural log of the sum of exponentials, to merge with other
+  // attention over the same query; -infinity where nothing was computed. 0 = not wanted.
+  polar_device_ptr lse;
+  // `polar_op_attention_workspace` bytes, 256-byte aligned; holds the plan.
+  polar_device_ptr workspace;
+  // Its size.
+  uint64_t workspace_bytes;
+} polar_op_attention;
+
+// The KV heads each sequence keeps: those with the largest scores, ties to the lower head, NaN last.
+// Scores come from a linear router, `x weight^T + bias`, or from the host.
+typedef struct {
+  // `sizeof(polar_op_head_selection)`, set by the caller.
+  uint32_t struct_size;
+  // `POLAR_DTYPE_F16` or `POLAR_DTYPE_BF16`: of x, weight, bias and `attention_out`.
+  polar_dtype dtype;
+  // Sequences in the batch.
+  uint32_t num_sequences;
+  // KV heads, at most 256.
+  uint32_t num_kv_heads;
+  // Scores per sequence: `num_kv_heads`, or one per query head, of which the largest of a group counts.
+  uint32_t router_rows;
+  // Width of x, a multiple of 8. Not read with `logits`.
+  uint32_t hidden_size;
+  // Elements of one KV head in `attention_out`, a multiple of 8: its query heads times head_dim.
+  uint32_t group_width;
+  // Must be 0.
+  uint32_t reserved;
+  // `[num_sequences][hidden_size]`: the layer's input after its norm. 16-byte aligned.
+  polar_device_ptr x;
+  // `[router_rows][hidden_size]`, 16-byte aligned.
+  polar_device_ptr weight;
+  // `[router_rows]`; 0 = none. Added to `logits` too.
+  polar_device_ptr bias;
+  // float `[num_sequences][router_rows]`: scores of the host's own making, then `x` and `weight` are
+  // not read; 0 = the router makes them.
+  polar_device_ptr logits;
+  // int32 `[num_sequences]`: heads to keep. For density d: max(1, floor(d * num_kv_heads)).
+  polar_device_ptr keep;
+  // Result, uint16 `[num_sequences][num_kv_heads]`: the first `keep[b]` are the kept heads, ascending;
+  // the rest is not written.
+  polar_device_ptr selected;
+  // The attention's `out`, to be zeroed where heads are not kept (then the attention can run with
+  // `POLAR_OP_LEAVE_REST`), 16-byte aligned; 0 = not wanted.
+  polar_device_ptr attention_out;
+  // uint32, raised by one for every score that is NaN; 0 = not wanted.
+  polar_device_ptr nan_count;
+  // `polar_op_head_selection_workspace` bytes, 256-byte aligned.
+  polar_device_ptr workspace;
+  // Its size.
+  uint64_t workspace_bytes;
+} polar_op_head_selection;
+
+// The neurons a batch runs: those with the largest sums, over its rows, of positive router scores; ties
+// to the lower neuron, NaN last. The router is `x router_down^T router_up^T`, or the host brings scores.
+typedef struct {
+  // `sizeof(polar_op_neuron_selection)`, set by the caller.
+  uint32_t struct_size;
+  // `POLAR_DTYPE_F16` or `POLAR_DTYPE_BF16`: of x and the router.
+  polar_dtype dtype;
+  // Rows (sequences) in the batch.
+  uint32_t num_rows;
+  // Neurons of the layer, a multiple of 8.
+  uint32_t num_neurons;
+  // Neurons to keep, at least 1.
+  uint32_t keep;
+  // Width of x, a multiple of 8. Not read with `logits`.
+  uint32_t hidden_size;
+  // Width of the router's middle, a multiple of 8. Not read with `logits`.
+  uint32_t rank;
+  // Must be 0.
+  uint32_t reserved;
+  // `[num_rows][hidden_size]`, 16-byte aligned.
+  polar_device_ptr x;
+  // `[rank][hidden_size]`, 16-byte aligned.
+  polar_device_ptr router_down;
+  // `[num_neurons][rank]`, 16-byte aligned.
+  polar_device_ptr router_up;
+  // float `[num_rows][num_neurons]`: scores of the host's own making, then x and the router are not
+  // read; 0 = the router makes them.
+  polar_device_ptr logits;
+  // int32, one: rows from this number on are padding and have no say; 0 = there is none.
+  polar_device_ptr active_rows;
+  // Result, uint32 `[keep up to a multiple of 8]`: the kept neurons, ascending, then zeros. 16-byte
+  // aligned.
+  polar_device_ptr index;
+  // uint32, raised by one for every sum that is NaN; 0 = not wanted.
+  polar_device_ptr nan_count;
+  // `polar_op_neuron_selection_workspace` bytes, 256-byte aligned.
+  polar_device_ptr workspace;
+  // Its size.
+  uint64_t workspace_bytes;
+} polar_op_neuron_selection;
+
+// A ReLU MLP, `relu(x up^T + up_bias) down + down_bias`, of the listed neurons only: a neuron is a row
+// of `up` and a row of `down`, and those of the others are not read.
+typedef struct {
+  // `sizeof(polar_op_mlp)`, set by the caller.
+  uint32_t struct_size;
+  // `POLAR_DTYPE_F16` or `POLAR_DTYPE_BF16`: of x, weights and output. Sums are f32.
+  polar_dtype dtype;
+  // Rows in the batch; at most 64 with `index`.
+  uint32_t num_rows;
+  // Width of x and out, a multiple of 8.
+  uint32_t hidden_size;
+  // Neurons of the layer, a multiple of 8.
+  uint32_t num_neurons;
+  // Neurons in `index`. Not read without it.
+  uint32_t keep;
+  // `[num_rows][hidden_size]`, 16-byte aligned.
+  polar_device_ptr x;
+  // `[num_neurons][hidden_size]`, 16-byte aligned.
+  polar_device_ptr up;
+  // `[num_neurons]`; 0 = none.
+  polar_device_ptr up_bias;
+  // `[num_neurons][hidden_size]`: the transpose of how checkpoints have it, so that a neuron is a row.
+  // 16-byte aligned.
+  polar_device_ptr down;
+  // `[hidden_size]`, 8-byte aligned; 0 = none.
+  polar_device_ptr down_bias;
+  // As `polar_op_neuron_selection_run` leaves it; 0 = every neuron.
+  polar_device_ptr index;
+  // Result, `[num_rows][hidden_size]`, 16-byte aligned.
+  polar_device_ptr out;
+  // `polar_op_mlp_workspace` bytes, 256-byte aligned.
+  polar_device_ptr workspace;
+  // Its size.
+  uint64_t workspace_bytes;
+} polar_op_mlp;
 
 // Success.
 #define POLAR_OK 0
@@ -612,6 +852,10 @@ typedef struct {
 // Decode: keep special tokens in the text.
 #define POLAR_DECODE_KEEP_SPECIAL 1
 
+// What is not computed keeps what it holds in `out` and `lse`: saves a small kernel where something
+// else put the zeros there (`polar_op_head_selection_run` can) or nobody reads them.
+#define POLAR_OP_LEAVE_REST 1
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -727,6 +971,27 @@ polar_status polar_model_load(polar_context *ctx,
                               void *user,
                               polar_model **out,
                               polar_error *err);
+
+// Says what a model, its routers and an engine of these options would take on the device of `load`, and how
+// much of it fits, before anything is loaded: from `config.json`, the headers of the files and the device.
+// Without `routers` (`routers_len` 0) for a dense engine; `load` and `engine` may be NULL. What does not fit
+// is no error but `fits` 0, so that a host can try other options. The caller sets `out->struct_size`.
+//
+// A GPU is opened for it, which takes memory of its own; `free_bytes` is what is left then. Loading and
+// `polar_engine_create` check the same sums before they take anything.
+//
+// Threads: any. Errors: as `polar_model_load`, `polar_routers_load` and, of the options,
+// `polar_engine_create`; not `POLAR_E_DEVICE_NOMEM`.
+POLAR_MUST_USE
+polar_status polar_model_estimate(const polar_context *ctx,
+                                  const char *path,
+                                  size_t path_len,
+                                  const char *routers,
+                                  size_t routers_len,
+                                  const polar_load_options *load,
+                                  const polar_engine_options *engine,
+                                  polar_estimate *out,
+                                  polar_error *err);
 
 // Describes a model. The caller sets `out->struct_size`.
 //
@@ -948,6 +1213,120 @@ polar_status polar_engine_finish(polar_engine *engine,
                                  size_t logprobs_cap,
                                  size_t *n_logprobs,
                                  polar_error *err);
+
+// Loads the kernels into the CUDA context that is current on this thread, whichever it is; hosts of the
+// CUDA runtime (torch too) have one after their first call. The context is the host's: it is not
+// changed, synchronised or kept alive.
+//
+// This and everything that starts with `polar_op_` needs no `polar_context`. After this call operators
+// allocate nothing, load nothing and wait for nothing, so they may be captured into the host's graphs.
+//
+// Threads: any with a current context. Ownership: `*out` is the caller's, to be freed with
+// `polar_op_library_free`.
+// Errors: `POLAR_E_INVALID` (no current context), `POLAR_E_UNSUPPORTED` (a build without kernels, or none
+// for this GPU), `POLAR_E_NO_DRIVER`, `POLAR_E_NOMEM`, `POLAR_E_DEVICE_NOMEM`, `POLAR_E_DEVICE`.
+POLAR_MUST_USE
+polar_status polar_op_library_create(polar_op_library **out,
+                                     polar_error *err);
+
+// Unloads the kernels. Before that the host waits for their work and destroys graphs that hold them;
+// its context still exists. NULL does nothing.
+//
+// Threads: any, whatever context is current; must not race with a call on this library.
+void polar_op_library_free(polar_op_library *library);
+
+// Bytes of device memory that `polar_op_attention_plan` and `polar_op_attention_run` need as
+// `op->workspace`. Depends on the sizes only; addresses are not looked at. One workspace serves all
+// layers that keep the same number of heads, one after another.
+//
+// Threads: any, at any time. Errors: `POLAR_E_INVALID`, `POLAR_E_ABI`, `POLAR_E_LIMIT`,
+// `POLAR_E_UNSUPPORTED` (no kernel for this shape).
+POLAR_MUST_USE
+polar_status polar_op_attention_workspace(const polar_op_library *library,
+                                          const polar_op_attention *op,
+                                          uint64_t *bytes,
+                                          polar_error *err);
+
+// Starts the kernel that shares the work of a decode step among the multiprocessors, from `seq_lens` and
+// `keep`, into the workspace. Once per step and workspace, before its first `polar_op_attention_run`: the
+// work does not depend on which heads won, nor on q, pages, output and `selected`, which are not looked at.
+//
+// Threads: any in the library's context; one call at a time per workspace. Asynchronous on `stream`
+// (`CUstream` or `cudaStream_t`; NULL = the default stream).
+// Errors: `POLAR_E_INVALID`, `POLAR_E_ABI`, `POLAR_E_LIMIT`, `POLAR_E_UNSUPPORTED`, `POLAR_E_DEVICE`,
+// `POLAR_E_DEVICE_LOST`.
+POLAR_MUST_USE
+polar_status polar_op_attention_plan(const polar_op_library *library,
+                                     const polar_op_attention *op,
+                                     void *stream,
+                                     polar_error *err);
+
+// Starts the attention of one layer. The sizes, `window` and the workspace are those of the plan.
+//
+// Threads: as `polar_op_attention_plan`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_attention_run(const polar_op_library *library,
+                                    const polar_op_attention *op,
+                                    void *stream,
+                                    polar_error *err);
+
+// Bytes of device memory that `polar_op_head_selection_run` needs. Addresses are not looked at, except
+// for whether `logits` is 0.
+//
+// Threads: as `polar_op_attention_workspace`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_head_selection_workspace(const polar_op_library *library,
+                                               const polar_op_head_selection *op,
+                                               uint64_t *bytes,
+                                               polar_error *err);
+
+// Starts the router and its top-k: two kernels, one with `logits`.
+//
+// Threads: as `polar_op_attention_plan`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_head_selection_run(const polar_op_library *library,
+                                         const polar_op_head_selection *op,
+                                         void *stream,
+                                         polar_error *err);
+
+// Bytes of device memory that `polar_op_neuron_selection_run` needs. Addresses are not looked at, except
+// for whether `logits` is 0.
+//
+// Threads: as `polar_op_attention_workspace`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_neuron_selection_workspace(const polar_op_library *library,
+                                                 const polar_op_neuron_selection *op,
+                                                 uint64_t *bytes,
+                                                 polar_error *err);
+
+// Starts the MLP router and its selection. It needs the layer's input only, so it may run on a stream
+// beside the attention.
+//
+// Threads: as `polar_op_attention_plan`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_neuron_selection_run(const polar_op_library *library,
+                                           const polar_op_neuron_selection *op,
+                                           void *stream,
+                                           polar_error *err);
+
+// Bytes of device memory that `polar_op_mlp_run` needs. Addresses are not looked at, except for whether
+// `index` is 0.
+//
+// Threads: as `polar_op_attention_workspace`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_mlp_workspace(const polar_op_library *library,
+                                    const polar_op_mlp *op,
+                                    uint64_t *bytes,
+                                    polar_error *err);
+
+// Starts the MLP: gathered up product, ReLU, gathered down product.
+//
+// Threads: as `polar_op_attention_plan`. Errors: likewise.
+POLAR_MUST_USE
+polar_status polar_op_mlp_run(const polar_op_library *library,
+                              const polar_op_mlp *op,
+                              void *stream,
+                              polar_error *err);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -180,6 +180,19 @@ class context {
   detail::handle<polar_context, polar_context_free> handle_;
 };
 
+/// What a model and an engine would take on a device, before anything is loaded; `routers` is a path or
+/// empty.
+inline polar_estimate estimate(const context& ctx, std::string_view path, std::string_view routers = {},
+                               const polar_load_options& load = load_options(),
+                               const polar_engine_options& engine = engine_options()) {
+  auto out = detail::sized<polar_estimate>();
+  call([&](polar_error* e) {
+    return polar_model_estimate(ctx.get(), path.data(), path.size(), routers.data(), routers.size(), &load,
+                                &engine, &out, e);
+  });
+  return out;
+}
+
 /// Immutable weights.
 class model {
  public:
@@ -420,6 +433,53 @@ class engine {
   polar_status last_ = POLAR_OK;
   detail::handle<polar_engine, polar_engine_free> handle_;
 };
+
+/// The kernels in the CUDA context that is current on this thread, for hosts that own weights, KV pages
+/// and stream. Calls are asynchronous on `stream` (a CUstream or cudaStream_t) and may be captured into
+/// a graph. Fill the structs by name; `op<polar_op_attention>()` is an empty one.
+class op_library {
+ public:
+  op_library() {
+    polar_op_library* p = nullptr;
+    call([&](polar_error* e) { return polar_op_library_create(&p, e); });
+    handle_.reset(p);
+  }
+
+  /// Bytes of workspace.
+  uint64_t workspace(const polar_op_attention& o) const { return ask(polar_op_attention_workspace, o); }
+  uint64_t workspace(const polar_op_head_selection& o) const { return ask(polar_op_head_selection_workspace, o); }
+  uint64_t workspace(const polar_op_neuron_selection& o) const { return ask(polar_op_neuron_selection_workspace, o); }
+  uint64_t workspace(const polar_op_mlp& o) const { return ask(polar_op_mlp_workspace, o); }
+
+  /// Once per step, before the attention of its layers.
+  void plan(const polar_op_attention& o, void* stream) const { start(polar_op_attention_plan, o, stream); }
+  void run(const polar_op_attention& o, void* stream) const { start(polar_op_attention_run, o, stream); }
+  void run(const polar_op_head_selection& o, void* stream) const { start(polar_op_head_selection_run, o, stream); }
+  void run(const polar_op_neuron_selection& o, void* stream) const { start(polar_op_neuron_selection_run, o, stream); }
+  void run(const polar_op_mlp& o, void* stream) const { start(polar_op_mlp_run, o, stream); }
+
+  polar_op_library* get() const noexcept { return handle_.get(); }
+
+ private:
+  template <class Op, class Function>
+  uint64_t ask(Function function, const Op& o) const {
+    uint64_t bytes = 0;
+    call([&](polar_error* e) { return function(get(), &o, &bytes, e); });
+    return bytes;
+  }
+  template <class Op, class Function>
+  void start(Function function, const Op& o, void* stream) const {
+    call([&](polar_error* e) { return function(get(), &o, stream, e); });
+  }
+
+  detail::handle<polar_op_library, polar_op_library_free> handle_;
+};
+
+/// An operator's struct with its size set and everything else 0.
+template <class Op>
+Op op() {
+  return detail::sized<Op>();
+}
 
 }  // namespace polar
 

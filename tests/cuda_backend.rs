@@ -437,12 +437,9 @@ fn a_mixed_batch_is_sampled_as_on_the_host() {
 }
 
 #[test]
-fn an_estimate_is_the_size_that_is_taken() {
-    let g = Golden::open("llama31_bf16");
-    let cuda = cuda();
+fn loading_can_be_stopped() {
     use polar_sparsity::backend::WeightOptions;
-    let w = cuda.upload(&g.model, WeightOptions::default(), &mut |_, _| 0).unwrap();
-    assert_eq!(Cuda::<AnyDevice>::estimate(g.model.spec()).unwrap(), cuda.weight_bytes(&w));
+    let (g, cuda) = (Golden::open("llama31_bf16"), cuda());
     let stopped = cuda.upload(&g.model, WeightOptions::default(), &mut |_, _| 1);
     assert_eq!(stopped.err().unwrap().status, polar_sparsity::Status::E_CANCELLED);
     assert!(cuda.device().multiprocessors() > 0);

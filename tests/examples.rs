@@ -12,7 +12,7 @@ fn build(library: &Library, file: &str) -> PathBuf {
     let mut command = Command::new(compiler(name).expect("a compiler"));
     command.args([standard, "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]);
     command.args(["-pthread", "-I"]).arg(root().join("include")).arg(root().join("examples-c").join(file));
-    run(command.arg("-o").arg(&program).args(library.link_flags()));
+    run(command.arg("-o").arg(&program).args(library.link_flags()).args(["-ldl", "-lm"]));
     program
 }
 
@@ -44,6 +44,22 @@ fn asynchronous() {
     let text = run(start(&library, &program).arg(model()));
     assert!(text.contains("5 requests finished"), "{text}");
     assert!(text.contains("info: loaded "), "{text}");
+}
+
+/// Where there is a GPU it must agree; elsewhere it says in a line why there is nothing to show.
+#[test]
+fn operators() {
+    let library = Library::link(scratch("operators"));
+    let program = build(&library, "operators.c");
+    let output = start(&library, &program).output().expect("runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    match output.status.code() {
+        Some(0) => assert!(text.contains("all agree"), "{text}"),
+        Some(77) => {
+            assert!(text.starts_with("operators: ") && text.matches('\n').count() == 1, "{text}");
+        }
+        other => panic!("{other:?}\n{text}{}", String::from_utf8_lossy(&output.stderr)),
+    }
 }
 
 /// Needs the tokenizer and the trained models.

@@ -29,6 +29,17 @@ type EngineOptions struct {
 	MLPMode                                    MLPMode
 }
 
+func (o EngineOptions) c() C.polar_engine_options {
+	var co C.polar_engine_options
+	C.polar_engine_options_init(&co, C.sizeof_polar_engine_options)
+	co.max_batch, co.max_queue = C.uint32_t(o.MaxBatch), C.uint32_t(o.MaxQueue)
+	co.step_tokens, co.max_context = C.uint32_t(o.StepTokens), C.uint32_t(o.MaxContext)
+	co.kv_bytes = C.uint64_t(o.KVBytes)
+	co.attn_density, co.mlp_density = C.float(o.AttnDensity), C.float(o.MLPDensity)
+	co.mlp_dense_above, co.mlp_mode = C.float(o.MLPDenseAbove), C.polar_mlp_mode(o.MLPMode)
+	return co
+}
+
 // Seq names a request that was accepted; a stale one is an error, never another's data.
 type Seq uint64
 
@@ -124,14 +135,7 @@ func (m *Model) NewEngine(r *Routers, o EngineOptions) (*Engine, error) {
 		}
 		routers = r.c
 	}
-	var co C.polar_engine_options
-	C.polar_engine_options_init(&co, C.sizeof_polar_engine_options)
-	co.max_batch, co.max_queue = C.uint32_t(o.MaxBatch), C.uint32_t(o.MaxQueue)
-	co.step_tokens, co.max_context = C.uint32_t(o.StepTokens), C.uint32_t(o.MaxContext)
-	co.kv_bytes = C.uint64_t(o.KVBytes)
-	co.attn_density, co.mlp_density = C.float(o.AttnDensity), C.float(o.MLPDensity)
-	co.mlp_dense_above, co.mlp_mode = C.float(o.MLPDenseAbove), C.polar_mlp_mode(o.MLPMode)
-	e, er := new(Engine), newError()
+	co, e, er := o.c(), new(Engine), newError()
 	if err := check(C.polar_engine_create(m.c, routers, &co, &e.c, &er), &er); err != nil {
 		return nil, err
 	}

@@ -282,6 +282,35 @@ func (x *Context) LoadModel(path string, o LoadOptions, progress *Progress) (*Mo
 	return m, nil
 }
 
+// Estimate is what a model and an engine would take on a device; sizes are bytes of its memory.
+type Estimate struct {
+	Fits                                            bool
+	MaxBatch, MaxContext                            uint32
+	WeightBytes, RouterBytes, ScratchBytes          uint64
+	PageBytes, TokenBytes, KVPages                  uint64
+	NeededBytes, FreeBytes, MaxKVPages, MaxContexts uint64
+}
+
+// Estimate says what a model, its routers (a path, or empty) and an engine would take before anything is
+// loaded. What does not fit is no error.
+func (x *Context) Estimate(path, routers string, o LoadOptions, eo EngineOptions) (Estimate, error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	text, n := chars(path)
+	rtext, rn := chars(routers)
+	co, ceo, er := o.c(), eo.c(), newError()
+	c := C.polar_estimate{struct_size: C.sizeof_polar_estimate}
+	if err := check(C.polar_model_estimate(x.c, text, n, rtext, rn, &co, &ceo, &c, &er), &er); err != nil {
+		return Estimate{}, err
+	}
+	return Estimate{
+		c.fits == 1, uint32(c.max_batch), uint32(c.max_context),
+		uint64(c.weight_bytes), uint64(c.router_bytes), uint64(c.scratch_bytes),
+		uint64(c.page_bytes), uint64(c.token_bytes), uint64(c.kv_pages),
+		uint64(c.needed_bytes), uint64(c.free_bytes), uint64(c.max_kv_pages), uint64(c.max_contexts),
+	}, nil
+}
+
 // Close frees the model; engines made from it live on.
 func (m *Model) Close() {
 	m.mu.Lock()

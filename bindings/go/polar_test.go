@@ -181,6 +181,22 @@ func TestHalves(t *testing.T) {
 	}
 }
 
+func TestEstimate(t *testing.T) {
+	ctx, err := NewContext(ContextOptions{Backend: CPU, Threads: 2})
+	must(t, err)
+	defer ctx.Close()
+	path := data(t, "opt_f32")
+	e, err := ctx.Estimate(path, filepath.Join(path, "routers.safetensors"), LoadOptions{}, EngineOptions{MaxBatch: 3})
+	must(t, err)
+	m := newModel(t)
+	defer m.Close()
+	info, err := m.Info()
+	must(t, err)
+	if !e.Fits || e.WeightBytes != info.WeightBytes || e.MaxBatch != 3 || e.RouterBytes == 0 {
+		t.Fatalf("%+v, the model takes %d bytes", e, info.WeightBytes)
+	}
+}
+
 func TestErrors(t *testing.T) {
 	ctx, err := NewContext(ContextOptions{Backend: CPU, LogLevel: 4})
 	must(t, err)

@@ -40,6 +40,9 @@ const Named kernels[] = {
     BOTH(qkv, QkvParams)
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
+    ONE(attention_plan, PlanParams)
+    ONE(zero_heads, ZeroParams)
+    ONE(mark_rows, MarkParams)
     ONE(select_neurons, NeuronParams)
     ONE(select_neurons_large, NeuronParams)
     ONE(neuron_scores, NeuronParams)
@@ -81,7 +84,8 @@ extern "C" void polar_host_late(const void* at, uint64_t bytes) {
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
-                              sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PrefillTile),
+                              sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PlanParams),
+                              sizeof(ZeroParams), sizeof(MarkParams), sizeof(PrefillTile),
                               sizeof(PrefillParams), sizeof(ActivateParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
                               sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};

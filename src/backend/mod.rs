@@ -60,6 +60,19 @@ pub struct WeightOptions {
     pub dtype: Option<DType>,
 }
 
+/// Bytes on a device, known before anything is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// The model's weights.
+    pub weights: u64,
+    /// Its routers.
+    pub routers: u64,
+    /// One KV page over all layers.
+    pub page: u64,
+    /// What an engine's steps need beside these.
+    pub scratch: u64,
+}
+
 /// Called while loading with bytes done; a non-zero answer cancels.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> i32;
 
@@ -91,6 +104,15 @@ pub trait Backend: Send + Sync + 'static {
     /// Free memory for KV pages, in bytes, when the host gives no size.
     fn free_memory(&self) -> Result<u64>;
 
+    /// What a model, its routers and an engine of those limits (without: no scratch) will take.
+    fn footprint(
+        &self,
+        spec: &ModelSpec,
+        options: WeightOptions,
+        routers: Option<&RouterFile>,
+        limits: Option<&Limits>,
+    ) -> Result<Footprint>;
+
     /// Reads the weights, piece by piece, into the device's layout.
     fn upload(
         &self,
@@ -110,6 +132,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Bytes of one KV page over all layers.
     fn page_bytes(&self, w: &Self::Weights) -> u64;
+
+    /// Before an engine takes anything: an error that names both numbers unless all of it fits.
+    fn check_room(&self, _: &Self::Weights, _: Option<&Self::Routers>, _: &Limits) -> Result<()> {
+        Ok(())
+    }
 
     /// Page storage for `limits.pages` pages.
     fn kv(&self, w: &Self::Weights, limits: &Limits) -> Result<Self::Kv>;

@@ -2,7 +2,9 @@
 //! host costs, and fails or panics where a test tells it to.
 
 use super::step::Sampled;
-use super::{Backend, Caps, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions};
+use super::{
+    Backend, Caps, Footprint, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions,
+};
 use crate::error::{Error, Result, Status, try_vec};
 use crate::model::{ModelSpec, Weights};
 use crate::sparsity::Counts;
@@ -87,6 +89,11 @@ impl Null {
     }
 }
 
+/// What an f16 cache would take, so that page counts are those of a real model.
+fn page_bytes(spec: &ModelSpec) -> u64 {
+    u64::from(spec.num_layers) * spec.kv_size() as u64 * 2 * 2 * super::PAGE_TOKENS as u64
+}
+
 impl Backend for Null {
     type Weights = NullWeights;
     type Routers = ();
@@ -99,6 +106,16 @@ impl Backend for Null {
 
     fn free_memory(&self) -> Result<u64> {
         Ok(1 << 30)
+    }
+
+    fn footprint(
+        &self,
+        spec: &ModelSpec,
+        _: WeightOptions,
+        _: Option<&RouterFile>,
+        _: Option<&Limits>,
+    ) -> Result<Footprint> {
+        Ok(Footprint { page: page_bytes(spec), ..Footprint::default() })
     }
 
     fn upload(&self, src: &dyn Weights, _: WeightOptions, progress: Progress<'_>) -> Result<NullWeights> {
@@ -121,9 +138,8 @@ impl Backend for Null {
         Ok(())
     }
 
-    /// What an f16 cache would take, so that page counts are those of a real model.
     fn page_bytes(&self, w: &NullWeights) -> u64 {
-        w.spec.num_layers as u64 * w.spec.kv_size() as u64 * 2 * 2 * super::PAGE_TOKENS as u64
+        page_bytes(&w.spec)
     }
 
     fn kv(&self, _: &NullWeights, _: &Limits) -> Result<()> {

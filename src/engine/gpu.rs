@@ -50,7 +50,7 @@ pub(super) fn count() -> Result<u32> {
 pub(super) fn devices() -> Vec<DeviceInfo> {
     match count() {
         Ok(n) if n > 0 => (0..n).map(device).collect(),
-        Ok(_) => vec![unusable(0, "no CUDA device".into())],
+        Ok(_) => vec![unusable(0, "CUDA: the driver finds no GPU".into())],
         Err(error) => vec![unusable(0, error.message.into_owned())],
     }
 }
@@ -59,20 +59,19 @@ pub(super) fn devices() -> Vec<DeviceInfo> {
 #[cfg(feature = "cuda")]
 fn device(ordinal: u32) -> DeviceInfo {
     match driver::describe(ordinal) {
-        Ok(found) if found.compute_capability >= 80 => DeviceInfo {
+        Ok(found) => DeviceInfo {
             backend: BackendChoice::Cuda,
             ordinal,
             compute_capability: found.compute_capability,
             memory_total: found.memory_total,
             memory_free: found.memory_total,
-            usable: true,
-            name: found.name,
+            usable: found.unusable.is_none(),
+            name: match found.unusable {
+                Some(why) => format!("{}: {why}", found.name),
+                None => found.name,
+            },
             uuid: found.uuid,
         },
-        Ok(found) => {
-            let (major, minor) = (found.compute_capability / 10, found.compute_capability % 10);
-            unusable(ordinal, format!("{}: compute capability {major}.{minor}, 8.0 is needed", found.name))
-        }
         Err(error) => unusable(ordinal, error.message.into_owned()),
     }
 }

@@ -10,11 +10,12 @@ mod gpu;
 mod inbox;
 mod on;
 mod open;
+pub mod ops;
 mod seq;
 mod types;
 
 pub use driver::FOREVER;
 pub use events::EventSink;
-pub use on::{EngineOn, ModelOn, RoutersOn};
+pub use on::{EngineOn, Estimate, ModelOn, RoutersOn};
 pub use open::{BackendChoice, Context, ContextOptions, DeviceInfo, Engine, LoadOptions, Model, Routers};
 pub use types::{Delivered, EngineOptions, Event, FinishReason, Health, Request, SeqId, Stats, TopLogprob};

@@ -6,11 +6,11 @@ use super::events::EventSink;
 use super::inbox::Inbox;
 use super::seq::Admission;
 use super::types::{Delivered, EngineOptions, Health, Request, SeqId, Stats};
-use crate::backend::{Backend, Limits, PAGE_TOKENS};
+use crate::backend::{Backend, Footprint, Limits, PAGE_TOKENS, WeightOptions};
 use crate::error::{Error, Result};
 use crate::kv::pages_for;
 use crate::model::ModelSpec;
-use crate::sparsity::{Counts, Policy, RouterInfo};
+use crate::sparsity::{Counts, Policy, RouterFile, RouterInfo};
 use std::sync::Arc;
 
 const DEFAULT_BATCH: u32 = 32;
@@ -100,6 +100,7 @@ impl<B: Backend> EngineOn<B> {
             return Err(Error::unsupported("this backend cannot select by oracle"));
         }
         let sizes = sizes(options, spec, b.page_bytes(w), || b.free_memory())?;
+        b.check_room(w, routers.map(|r| &*r.routers), &sizes.limits)?;
         let kv_per_token = b.page_bytes(w) / PAGE_TOKENS as u64;
         let info = routers.map(|r| r.info.clone());
         let policy = Policy::new(spec, info, options.sparsity, b.weight_bytes(w), kv_per_token)?;
@@ -165,6 +166,105 @@ impl<B: Backend> EngineOn<B> {
     }
 }
 
+/// What a model and an engine of it take on a device, and what fits, before anything is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Estimate {
+    /// Bytes of weights, routers, one page and scratch.
+    pub footprint: Footprint,
+    /// Sequences in a step and tokens of a context, defaults applied.
+    pub max_batch: u32,
+    /// See `max_batch`.
+    pub max_context: u32,
+    /// Pages the engine would take.
+    pub pages: u64,
+    /// Bytes in all with these pages.
+    pub needed: u64,
+    /// Bytes that are free now.
+    pub free: u64,
+    /// Most pages that fit, whatever the options say.
+    pub max_pages: u64,
+}
+
+impl Estimate {
+    /// For a model that is not loaded yet.
+    pub(super) fn new<B: Backend>(
+        backend: &B,
+        spec: &ModelSpec,
+        weights: WeightOptions,
+        routers: Option<&RouterFile>,
+        options: &EngineOptions,
+    ) -> Result<Estimate> {
+        let free = backend.free_memory()?;
+        let mut f = backend.footprint(spec, weights, routers, None)?;
+        let bounds = Bounds::new(options, spec)?;
+        let left = free.saturating_sub(f.weights).saturating_sub(f.routers);
+        let pages = bounds.pages(options, f.page, left);
+        f.scratch = backend.footprint(spec, weights, routers, Some(&bounds.limits(pages)))?.scratch;
+        let needed = [f.routers, f.scratch, f.page.saturating_mul(pages)];
+        Ok(Estimate {
+            footprint: f,
+            max_batch: bounds.max_batch,
+            max_context: bounds.max_context,
+            pages,
+            needed: needed.into_iter().fold(f.weights, u64::saturating_add),
+            free,
+            max_pages: left.saturating_sub(f.scratch) / f.page.max(1),
+        })
+    }
+
+    /// Whether model and engine fit.
+    pub fn fits(&self) -> bool {
+        self.pages > 0 && self.needed <= self.free
+    }
+
+    /// Full contexts that fit.
+    pub fn max_contexts(&self) -> u64 {
+        self.max_pages / pages_for(self.max_context as usize).max(1) as u64
+    }
+}
+
+/// Options with defaults applied, within their bounds.
+struct Bounds {
+    max_batch: u32,
+    max_queue: u32,
+    step_tokens: u32,
+    max_context: u32,
+}
+
+impl Bounds {
+    fn new(options: &EngineOptions, spec: &ModelSpec) -> Result<Bounds> {
+        let max_batch = bounded("max_batch", options.max_batch, DEFAULT_BATCH, MAX_BATCH)?;
+        let max_queue = bounded("max_queue", options.max_queue, DEFAULT_QUEUE, MAX_QUEUE)?;
+        let default = DEFAULT_STEP_TOKENS.max(max_batch);
+        let step_tokens = bounded("step_tokens", options.step_tokens, default, MAX_STEP_TOKENS)?;
+        if step_tokens < max_batch {
+            return Err(Error::invalid(format!(
+                "step_tokens is {step_tokens}, max_batch {max_batch} needs as many"
+            )));
+        }
+        let max_context =
+            bounded("max_context", options.max_context, spec.max_positions, spec.max_positions)?;
+        Ok(Bounds { max_batch, max_queue, step_tokens, max_context })
+    }
+
+    /// Pages an engine takes when `free` bytes are left for it.
+    fn pages(&self, options: &EngineOptions, page_bytes: u64, free: u64) -> u64 {
+        let all = (pages_for(self.max_context as usize) as u64).saturating_mul(u64::from(self.max_batch));
+        let bytes = if options.kv_bytes == 0 { free / 2 } else { options.kv_bytes };
+        (bytes / page_bytes.max(1)).min(all).min(u64::from(u32::MAX))
+    }
+
+    fn limits(&self, pages: u64) -> Limits {
+        let pages = usize::try_from(pages).unwrap_or(usize::MAX);
+        Limits {
+            max_batch: self.max_batch as usize,
+            max_rows: self.step_tokens as usize,
+            pages,
+            max_context: (self.max_context as usize).min(pages.saturating_mul(PAGE_TOKENS)),
+        }
+    }
+}
+
 /// Applies defaults and bounds.
 fn sizes(
     options: &EngineOptions,
@@ -172,21 +272,9 @@ fn sizes(
     page_bytes: u64,
     free_memory: impl FnOnce() -> Result<u64>,
 ) -> Result<Sizes> {
-    let max_batch = bounded("max_batch", options.max_batch, DEFAULT_BATCH, MAX_BATCH)?;
-    let max_queue = bounded("max_queue", options.max_queue, DEFAULT_QUEUE, MAX_QUEUE)?;
-    let step_tokens =
-        bounded("step_tokens", options.step_tokens, DEFAULT_STEP_TOKENS.max(max_batch), MAX_STEP_TOKENS)?;
-    if step_tokens < max_batch {
-        return Err(Error::invalid(format!(
-            "step_tokens is {step_tokens}, max_batch {max_batch} needs as many"
-        )));
-    }
-    let wanted = bounded("max_context", options.max_context, spec.max_positions, spec.max_positions)?;
-    let all = (pages_for(wanted as usize) as u64).saturating_mul(u64::from(max_batch));
-    let pages = match options.kv_bytes {
-        0 => (free_memory()? / 2 / page_bytes).min(all),
-        bytes => (bytes / page_bytes).min(all),
-    };
+    let bounds = Bounds::new(options, spec)?;
+    let free = if options.kv_bytes == 0 { free_memory()? } else { 0 };
+    let pages = bounds.pages(options, page_bytes, free);
     if pages == 0 {
         let given = if options.kv_bytes > 0 { options.kv_bytes } else { page_bytes.saturating_sub(1) };
         return Err(Error::new(
@@ -194,14 +282,7 @@ fn sizes(
             format!("kv_bytes {given} holds no page, one takes {page_bytes}"),
         ));
     }
-    let pages = usize::try_from(pages.min(u64::from(u32::MAX))).unwrap_or(usize::MAX);
-    let limits = Limits {
-        max_batch: max_batch as usize,
-        max_rows: step_tokens as usize,
-        pages,
-        max_context: (wanted as usize).min(pages.saturating_mul(PAGE_TOKENS)),
-    };
-    Ok(Sizes { limits, max_queue: max_queue as usize })
+    Ok(Sizes { limits: bounds.limits(pages), max_queue: bounds.max_queue as usize })
 }
 
 fn bounded(name: &str, value: u32, default: u32, most: u32) -> Result<u32> {

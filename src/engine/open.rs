@@ -2,14 +2,14 @@
 
 use super::events::EventSink;
 use super::gpu;
-use super::on::{EngineOn, ModelOn, RoutersOn};
+use super::on::{EngineOn, Estimate, ModelOn, RoutersOn};
 use super::types::{Delivered, EngineOptions, Request, SeqId, Stats};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, WeightOptions};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::format::limits::Limits as FileLimits;
-use crate::model::{self, Fingerprint, ModelSpec};
+use crate::model::{self, Fingerprint, ModelSpec, Weights};
 use crate::sparsity::{RouterFile, RouterInfo};
 use std::path::Path;
 use std::sync::Arc;
@@ -103,6 +103,17 @@ impl Context {
         Ok(devices)
     }
 
+    /// The device of that index, if a model can be loaded there.
+    fn device(&self, index: u32) -> Result<DeviceInfo> {
+        let mut devices = self.devices()?;
+        let n = devices.len();
+        if index as usize >= n {
+            return Err(Error::invalid(format!("device is {index}, the context has {n}")));
+        }
+        let device = devices.swap_remove(index as usize);
+        if device.usable { Ok(device) } else { Err(Error::unsupported(device.name)) }
+    }
+
     /// What files may ask for.
     pub fn limits(&self) -> &FileLimits {
         &self.limits
@@ -167,17 +178,7 @@ impl Model {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u64, u64) -> i32,
     ) -> Result<Model> {
-        let devices = ctx.devices()?;
-        let Some(device) = devices.get(options.device as usize) else {
-            return Err(Error::invalid(format!(
-                "device is {}, the context has {}",
-                options.device,
-                devices.len()
-            )));
-        };
-        if !device.usable {
-            return Err(Error::unsupported(device.name.clone()));
-        }
+        let device = ctx.device(options.device)?;
         let how = model::LoadOptions { check_finite: options.check_finite };
         let checkpoint = model::load_with(path, &ctx.limits, how)?;
         let weights = WeightOptions { dtype: options.weight_dtype };
@@ -199,6 +200,29 @@ impl Model {
             limits: ctx.limits.clone(),
             device_name: device.name.clone(),
         })
+    }
+
+    /// What a model, its routers and an engine would take; opens the files, loads nothing.
+    pub fn estimate(
+        ctx: &Context,
+        path: &Path,
+        routers: Option<&Path>,
+        options: &LoadOptions,
+        engine: &EngineOptions,
+    ) -> Result<Estimate> {
+        let device = ctx.device(options.device)?;
+        let checkpoint = model::load_with(path, &ctx.limits, model::LoadOptions::default())?;
+        let (spec, ignore) = (checkpoint.spec(), options.ignore_fingerprint);
+        let open = |p| RouterFile::open(p, &ctx.limits, spec, checkpoint.fingerprint(), ignore);
+        let routers = routers.map(open).transpose()?;
+        let weights = WeightOptions { dtype: options.weight_dtype };
+        match device.backend {
+            #[cfg(feature = "cuda")]
+            BackendChoice::Cuda => {
+                Estimate::new(&*ctx.gpus.open(device.ordinal)?, spec, weights, routers.as_ref(), engine)
+            }
+            _ => Estimate::new(&*ctx.cpu, spec, weights, routers.as_ref(), engine),
+        }
     }
 
     /// Its plain numbers.

@@ -3,12 +3,13 @@
 use super::constants::*;
 use super::copy::{put_text, zeroed};
 use super::types::{
-    polar_context_options, polar_device_info, polar_engine_options, polar_load_options, polar_model_info,
-    polar_request, polar_stats,
+    polar_context_options, polar_device_info, polar_engine_options, polar_estimate, polar_load_options,
+    polar_model_info, polar_request, polar_stats,
 };
 use crate::dtype::DType;
 use crate::engine::{
-    BackendChoice, ContextOptions, DeviceInfo, EngineOptions, Health, LoadOptions, Model, Request, Stats,
+    BackendChoice, ContextOptions, DeviceInfo, EngineOptions, Estimate, Health, LoadOptions, Model, Request,
+    Stats,
 };
 use crate::error::{Error, Result, try_with_capacity};
 use crate::format::limits::Limits;
@@ -221,6 +222,25 @@ pub(super) fn model_info(m: &Model) -> polar_model_info {
     out
 }
 
+pub(super) fn estimate(e: &Estimate) -> polar_estimate {
+    polar_estimate {
+        struct_size: 0,
+        fits: u32::from(e.fits()),
+        max_batch: e.max_batch,
+        max_context: e.max_context,
+        weight_bytes: e.footprint.weights,
+        router_bytes: e.footprint.routers,
+        scratch_bytes: e.footprint.scratch,
+        page_bytes: e.footprint.page,
+        token_bytes: e.footprint.page / u64::from(PAGE_TOKENS),
+        kv_pages: e.pages,
+        needed_bytes: e.needed,
+        free_bytes: e.free,
+        max_kv_pages: e.max_pages,
+        max_contexts: e.max_contexts(),
+    }
+}
+
 pub(super) fn stats(s: &Stats, log_lines_dropped: u64) -> polar_stats {
     polar_stats {
         struct_size: 0,
@@ -265,7 +285,7 @@ pub(super) fn flags(name: &str, value: u32, known: u32) -> Result<()> {
     }
 }
 
-fn zero(name: &str, words: &[u32]) -> Result<()> {
+pub(super) fn zero(name: &str, words: &[u32]) -> Result<()> {
     if words.iter().all(|&w| w == 0) { Ok(()) } else { Err(Error::invalid(format!("{name} is not zero"))) }
 }
 

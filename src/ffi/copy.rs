@@ -4,9 +4,10 @@
 //! An extensible struct starts with its size as its writer knows it. A caller's smaller struct reads
 //! as if the missing fields were zero; in a larger one the bytes we do not know must be zero.
 
+use super::op_types::{polar_op_attention, polar_op_head_selection, polar_op_mlp, polar_op_neuron_selection};
 use super::types::{
-    polar_context_options, polar_device_info, polar_engine_options, polar_error, polar_load_options,
-    polar_model_info, polar_stats,
+    polar_context_options, polar_device_info, polar_engine_options, polar_error, polar_estimate,
+    polar_load_options, polar_model_info, polar_stats,
 };
 use crate::error::{Error, Result, Status};
 use std::ffi::{OsStr, c_char};
@@ -50,7 +51,12 @@ extensible! {
     polar_load_options: 16;
     polar_model_info: 200;
     polar_engine_options: 64;
+    polar_estimate: 96;
     polar_stats: 184;
+    polar_op_attention: 152;
+    polar_op_head_selection: 112;
+    polar_op_neuron_selection: 104;
+    polar_op_mlp: 96;
 }
 
 /// All zero.
@@ -80,6 +86,16 @@ pub(super) fn read<T: Extensible>(from: *const T) -> Result<T> {
         }
     }
     Ok(value)
+}
+
+/// Reads a struct that must be there.
+pub(super) fn required<T: Extensible>(from: *const T) -> Result<T> {
+    if from.is_null() { Err(null(T::NAME)) } else { read(from) }
+}
+
+/// Whether `write` will accept this, for calls that have much to do before they write.
+pub(super) fn check_out<T: Extensible>(to: *const T) -> Result<()> {
+    if to.is_null() { Err(null(T::NAME)) } else { struct_size(to).map(|_| ()) }
 }
 
 /// Writes our struct into the caller's, except for its size field.
@@ -127,7 +143,7 @@ fn struct_size<T: Extensible>(of: *const T) -> Result<usize> {
 
 /// Whether an error struct can be written; NULL is fine.
 pub(super) fn check_error_struct(err: *const polar_error) -> Result<()> {
-    if err.is_null() { Ok(()) } else { struct_size(err).map(|_| ()) }
+    if err.is_null() { Ok(()) } else { check_out(err) }
 }
 
 /// Writes an error into the caller's struct, which `check_error_struct` has seen; NULL is fine.

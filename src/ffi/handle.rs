@@ -2,8 +2,10 @@
 //! that NULL, a foreign pointer and most uses after free are errors instead of chaos.
 
 use super::guard::Call;
+use super::op_types::polar_op_library;
 use super::types::{polar_context, polar_engine, polar_model, polar_routers, polar_tokenizer};
 use crate::engine;
+use crate::engine::ops::OpLibrary;
 use crate::error::{Error, Result};
 use crate::log::Log;
 #[cfg(feature = "text")]
@@ -70,6 +72,7 @@ handles! {
     polar_routers => Routers, b"polarROU";
     polar_engine => Engine, b"polarENG";
     polar_tokenizer => Tokenizer, b"polarTOK";
+    polar_op_library => OpLibrary, b"polarOPS";
 }
 
 #[repr(C)]
@@ -165,6 +168,11 @@ impl<'a> Call<'a> {
         Ok(tokenizer)
     }
 
+    /// The operators behind a handle. They have no log: errors go to the caller alone.
+    pub(super) fn op_library(&mut self, handle: *const polar_op_library) -> Result<&'a OpLibrary> {
+        get(handle)
+    }
+
     fn enter(&mut self, log: &'a Log) {
         self.log = Some(log);
         #[cfg(any(test, feature = "fault"))]
@@ -180,4 +188,5 @@ const _: () = {
     any_thread::<Routers>();
     any_thread::<Engine>();
     any_thread::<Tokenizer>();
+    any_thread::<OpLibrary>();
 };

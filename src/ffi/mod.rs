@@ -23,11 +23,16 @@ mod tokenizer;
 
 mod engine;
 
+mod op_types;
+
+mod op;
+
 mod convert;
 mod copy;
 mod events;
 mod guard;
 mod handle;
+mod op_convert;
 
 #[cfg(any(test, feature = "fault"))]
 pub mod fault;
@@ -39,6 +44,8 @@ pub use context::*;
 pub use engine::*;
 pub use log::*;
 pub use model::*;
+pub use op::*;
+pub use op_types::*;
 pub use tokenizer::*;
 pub use types::*;
 pub use version::*;

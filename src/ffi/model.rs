@@ -4,7 +4,8 @@ use super::constants::polar_status;
 use super::guard::{callback, guard, guard_free};
 use super::handle;
 use super::types::{
-    polar_context, polar_error, polar_load_options, polar_model, polar_model_info, polar_routers,
+    polar_context, polar_engine_options, polar_error, polar_estimate, polar_load_options, polar_model,
+    polar_model_info, polar_routers,
 };
 use super::{convert, copy};
 use crate::engine;
@@ -72,6 +73,42 @@ pub unsafe extern "C" fn polar_model_load(
             ),
         );
         out.write(handle::create(handle::Model { model, log: Arc::clone(&ctx.log) })?);
+        Ok(Status::OK)
+    })
+}
+
+/// Says what a model, its routers and an engine of these options would take on the device of `load`, and how
+/// much of it fits, before anything is loaded: from `config.json`, the headers of the files and the device.
+/// Without `routers` (`routers_len` 0) for a dense engine; `load` and `engine` may be NULL. What does not fit
+/// is no error but `fits` 0, so that a host can try other options. The caller sets `out->struct_size`.
+///
+/// A GPU is opened for it, which takes memory of its own; `free_bytes` is what is left then. Loading and
+/// `polar_engine_create` check the same sums before they take anything.
+///
+/// Threads: any. Errors: as `polar_model_load`, `polar_routers_load` and, of the options,
+/// `polar_engine_create`; not `POLAR_E_DEVICE_NOMEM`.
+#[unsafe(no_mangle)]
+#[must_use]
+pub unsafe extern "C" fn polar_model_estimate(
+    ctx: *const polar_context,
+    path: *const c_char,
+    path_len: usize,
+    routers: *const c_char,
+    routers_len: usize,
+    load: *const polar_load_options,
+    engine: *const polar_engine_options,
+    out: *mut polar_estimate,
+    err: *mut polar_error,
+) -> polar_status {
+    guard(err, |call| {
+        let ctx = call.context(ctx)?;
+        let path = copy::path(path, path_len)?;
+        let routers = if routers_len == 0 { None } else { Some(copy::path(routers, routers_len)?) };
+        let load = convert::load_options(&copy::read(load)?)?;
+        let options = convert::engine_options(&copy::read(engine)?)?;
+        copy::check_out(out)?;
+        let estimate = engine::Model::estimate(&ctx.context, path, routers, &load, &options)?;
+        copy::write(out, &convert::estimate(&estimate))?;
         Ok(Status::OK)
     })
 }

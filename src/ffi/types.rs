@@ -149,6 +149,40 @@ pub struct polar_model_info {
     pub device_name: [c_char; 96],
 }
 
+/// What a model and an engine would take on a device, and what fits. All sizes are the device's.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct polar_estimate {
+    /// `sizeof(polar_estimate)`, set by the caller.
+    pub struct_size: u32,
+    /// 1 if all of it fits into what is free now.
+    pub fits: u32,
+    /// Sequences in a step, with the default applied.
+    pub max_batch: u32,
+    /// Longest context, with the default applied.
+    pub max_context: u32,
+    /// Bytes of the weights.
+    pub weight_bytes: u64,
+    /// Bytes of the routers.
+    pub router_bytes: u64,
+    /// Bytes of activations, sums and tables of a step.
+    pub scratch_bytes: u64,
+    /// Bytes of one KV page: 16 tokens, all layers.
+    pub page_bytes: u64,
+    /// Bytes of KV cache for one token.
+    pub token_bytes: u64,
+    /// Pages the engine would take.
+    pub kv_pages: u64,
+    /// Bytes of all of the above together, with that many pages.
+    pub needed_bytes: u64,
+    /// Bytes that are free now.
+    pub free_bytes: u64,
+    /// Most pages that fit, whatever the engine's options say.
+    pub max_kv_pages: u64,
+    /// Contexts of `max_context` tokens that they hold.
+    pub max_contexts: u64,
+}
+
 /// How to make an engine. Zero in a field means the default.
 #[repr(C)]
 #[derive(Clone, Copy)]

@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use std::alloc::Layout;
+use std::cell::Cell;
 use std::io::Read;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -41,6 +42,18 @@ unsafe impl<T: Pod> Send for Buf<T> {}
 // SAFETY: shared access only reads.
 unsafe impl<T: Pod> Sync for Buf<T> {}
 
+thread_local! {
+    static ASKED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Bytes of the buffers that `body` asked for on this thread. Memory that nobody writes costs nothing, so
+/// what is made only to be counted and dropped is cheap.
+pub fn counted<T>(body: impl FnOnce() -> T) -> (T, u64) {
+    let before = ASKED.get();
+    let value = body();
+    (value, ASKED.get() - before)
+}
+
 impl<T: Pod> Buf<T> {
     /// `len` zeros; `what` names them in the error.
     pub fn zeroed(len: usize, what: &'static str) -> Result<Buf<T>> {
@@ -48,6 +61,7 @@ impl<T: Pod> Buf<T> {
             return Ok(Buf { data: NonNull::dangling(), len: 0, mapped: 0 });
         }
         let bytes = len.checked_mul(size_of::<T>()).ok_or(Error::no_memory(what))?;
+        ASKED.set(ASKED.get().saturating_add(bytes as u64));
         if bytes >= BIG {
             let (data, mapped) = map(bytes).ok_or(Error::no_memory(what))?;
             return Ok(Buf { data: data.cast(), len, mapped });

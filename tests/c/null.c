@@ -57,6 +57,13 @@ static void models(polar_context *ctx, polar_model *model) {
   EXPECT(POLAR_E_LIMIT, polar_model_load(ctx, "x", SIZE_MAX, NULL, NULL, NULL, &m, &err));
   EXPECT(POLAR_E_IO, polar_model_load(ctx, "/nowhere", 8, NULL, NULL, NULL, &m, &err));
   CHECK(err.os_code != 0);
+  polar_estimate estimate;
+  estimate.struct_size = sizeof estimate;
+  INVALID(polar_model_estimate(NULL, "x", 1, NULL, 0, NULL, NULL, &estimate, &err));
+  INVALID(polar_model_estimate(ctx, NULL, 1, NULL, 0, NULL, NULL, &estimate, &err));
+  INVALID(polar_model_estimate(ctx, "x", 1, NULL, 1, NULL, NULL, &estimate, &err));
+  INVALID(polar_model_estimate(ctx, "x", 1, NULL, 0, NULL, NULL, NULL, &err));
+  EXPECT(POLAR_E_IO, polar_model_estimate(ctx, "/nowhere", 8, NULL, 0, NULL, NULL, &estimate, &err));
   info.struct_size = sizeof info;
   INVALID(polar_model_get_info(NULL, &info, &err));
   INVALID(polar_model_get_info(model, NULL, &err));
@@ -120,6 +127,54 @@ static void tokenizers(void) {
   INVALID(polar_tokenizer_decode(NULL, &token, 1, 0, text, sizeof text, &n, &err));
 }
 
+/* Without a GPU there is no library to get; what needs none is tried all the same. */
+static void operators(void) {
+  polar_error err = POLAR_ERROR_INIT;
+  polar_op_library *library = NULL;
+  polar_op_attention attention;
+  polar_op_head_selection heads;
+  polar_op_neuron_selection neurons;
+  polar_op_mlp mlp;
+  uint64_t bytes = 7;
+  memset(&attention, 0, sizeof attention);
+  memset(&heads, 0, sizeof heads);
+  memset(&neurons, 0, sizeof neurons);
+  memset(&mlp, 0, sizeof mlp);
+  attention.struct_size = sizeof attention;
+  heads.struct_size = sizeof heads;
+  neurons.struct_size = sizeof neurons;
+  mlp.struct_size = sizeof mlp;
+  INVALID(polar_op_library_create(NULL, &err));
+  polar_op_library_free(NULL);
+  INVALID(polar_op_attention_workspace(NULL, &attention, &bytes, &err));
+  INVALID(polar_op_attention_plan(NULL, &attention, NULL, &err));
+  INVALID(polar_op_attention_run(NULL, &attention, NULL, &err));
+  INVALID(polar_op_head_selection_workspace(NULL, &heads, &bytes, &err));
+  INVALID(polar_op_head_selection_run(NULL, &heads, NULL, &err));
+  INVALID(polar_op_neuron_selection_workspace(NULL, &neurons, &bytes, &err));
+  INVALID(polar_op_neuron_selection_run(NULL, &neurons, NULL, &err));
+  INVALID(polar_op_mlp_workspace(NULL, &mlp, &bytes, &err));
+  INVALID(polar_op_mlp_run(NULL, &mlp, NULL, &err));
+  polar_status status = polar_op_library_create(&library, &err);
+  if (POLAR_IS_ERROR(status)) {
+    CHECK(library == NULL && err.code == status && strlen(err.message) > 10);
+    return;
+  }
+  INVALID(polar_op_attention_workspace(library, NULL, &bytes, &err));
+  INVALID(polar_op_attention_workspace(library, &attention, NULL, &err));
+  INVALID(polar_op_attention_workspace(library, &attention, &bytes, &err));
+  INVALID(polar_op_attention_plan(library, NULL, NULL, &err));
+  INVALID(polar_op_attention_run(library, NULL, NULL, &err));
+  INVALID(polar_op_head_selection_workspace(library, NULL, &bytes, &err));
+  INVALID(polar_op_head_selection_run(library, NULL, NULL, &err));
+  INVALID(polar_op_neuron_selection_workspace(library, NULL, &bytes, &err));
+  INVALID(polar_op_neuron_selection_run(library, NULL, NULL, &err));
+  INVALID(polar_op_mlp_workspace(library, NULL, &bytes, &err));
+  INVALID(polar_op_mlp_run(library, NULL, NULL, &err));
+  CHECK(bytes == 7);
+  polar_op_library_free(library);
+}
+
 /* A handle of another kind, and memory that was never one. */
 static void foreign_handles(polar_context *ctx, polar_engine *engine) {
   polar_error err = POLAR_ERROR_INIT;
@@ -146,6 +201,7 @@ int main(int argc, char **argv) {
   models(ctx, model);
   engines(engine);
   tokenizers();
+  operators();
   foreign_handles(ctx, engine);
   polar_engine_free(engine);
   polar_model_free(model);

@@ -132,6 +132,45 @@ static void engine_values(polar_model *model) {
   CHECK(e == NULL);
 }
 
+/* An estimate is what is taken then, and a cache that cannot fit is no error but an answer. */
+static void estimates(polar_context *ctx, const char *data, const polar_model_info *info) {
+  polar_error err = POLAR_ERROR_INIT;
+  polar_engine_options o = engine_options();
+  polar_estimate e;
+  polar_load_options load;
+  char path[1024], routers[1024];
+  int n = snprintf(path, sizeof path, "%s/opt_f32", data);
+  int r = snprintf(routers, sizeof routers, "%s/opt_f32/routers.safetensors", data);
+  memset(&e, 0, sizeof e);
+  e.struct_size = sizeof e - 1;
+  ABI(polar_model_estimate(ctx, path, (size_t)n, NULL, 0, NULL, &o, &e, &err));
+  e.struct_size = sizeof e;
+  o.max_batch = 2;
+  o.kv_bytes = 1u << 20;
+  OK(polar_model_estimate(ctx, path, (size_t)n, NULL, 0, NULL, &o, &e, &err));
+  CHECK(e.fits == 1 && e.weight_bytes == info->weight_bytes && e.router_bytes == 0);
+  CHECK(e.max_batch == 2 && e.max_context == info->max_positions && e.scratch_bytes > 0);
+  CHECK(e.page_bytes == 16 * e.token_bytes && e.token_bytes > 0);
+  CHECK(e.kv_pages > 0 && e.kv_pages * e.page_bytes <= o.kv_bytes);
+  CHECK(e.needed_bytes == e.weight_bytes + e.scratch_bytes + e.kv_pages * e.page_bytes);
+  CHECK(e.needed_bytes <= e.free_bytes && e.max_kv_pages * e.page_bytes < e.free_bytes);
+  CHECK(e.max_contexts == e.max_kv_pages / ((e.max_context + 15) / 16));
+  const polar_estimate dense = e;
+  OK(polar_model_estimate(ctx, path, (size_t)n, routers, (size_t)r, NULL, &o, &e, &err));
+  CHECK(e.router_bytes > 0 && e.scratch_bytes > dense.scratch_bytes);
+  o.kv_bytes = 1; /* holds no page */
+  OK(polar_model_estimate(ctx, path, (size_t)n, NULL, 0, NULL, &o, &e, &err));
+  CHECK(e.fits == 0 && e.kv_pages == 0);
+  polar_load_options_init(&load, sizeof load);
+  load.weight_dtype = POLAR_DTYPE_I8;
+  OK(polar_model_estimate(ctx, path, (size_t)n, NULL, 0, &load, NULL, &e, &err));
+  CHECK(e.weight_bytes < dense.weight_bytes && e.max_batch == 32);
+  load.device = 9;
+  INVALID(polar_model_estimate(ctx, path, (size_t)n, NULL, 0, &load, NULL, &e, &err));
+  o = engine_options(), o.max_context = UINT32_MAX;
+  EXPECT(POLAR_E_LIMIT, polar_model_estimate(ctx, path, (size_t)n, NULL, 0, NULL, &o, &e, &err));
+}
+
 /* One bad request refuses the batch; the message says which field of which request. */
 static void refused(polar_engine *engine, polar_status wanted, polar_request bad, const char *field) {
   polar_error err = POLAR_ERROR_INIT;
@@ -229,6 +268,7 @@ int main(int argc, char **argv) {
   errors(ctx);
   context_values();
   load_values(ctx, argv[1]);
+  estimates(ctx, argv[1], &info);
   engine_values(model);
   request_values(engine);
   tokens(engine, info.vocab_size);

@@ -259,6 +259,7 @@ fn never() {
     assert_eq!(stuck.finish(100_000_000, &mut sink).unwrap().status, Status::PENDING);
     let start = Instant::now();
     drop(stuck);
+    eprintln!("the engine given up after {:.1?}", start.elapsed());
     drop(driver);
     eprintln!("given up after {:.1?}", start.elapsed());
     assert!(start.elapsed() < PATIENCE, "giving up took {:?}", start.elapsed());

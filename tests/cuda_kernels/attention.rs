@@ -9,18 +9,18 @@ use polar_sparsity::dtype::DType;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 
 /// A cache of sequences in shuffled pages; everything that is not a token of theirs is NaN.
-struct Cache {
+pub struct Cache {
     dtype: DType,
     hd: usize,
     kv_heads: usize,
     /// `[page][kv_head][K|V][16][hd]`
-    pool: Vec<f64>,
+    pub pool: Vec<f64>,
     /// Block table of each sequence.
-    tables: Vec<Vec<u32>>,
+    pub tables: Vec<Vec<u32>>,
 }
 
 impl Cache {
-    fn new(rng: &mut Rng, dtype: DType, hd: usize, kv_heads: usize, lengths: &[usize]) -> Cache {
+    pub fn new(rng: &mut Rng, dtype: DType, hd: usize, kv_heads: usize, lengths: &[usize]) -> Cache {
         let pages: usize = lengths.iter().map(|l| l.div_ceil(16)).sum();
         let mut ids = rng.shuffled(pages + 3).into_iter();
         let mut cache = Cache {
@@ -48,7 +48,8 @@ impl Cache {
     fn at(&self, page: u32, head: usize, kv: usize, place: usize) -> usize {
         (((page as usize * self.kv_heads + head) * 2 + kv) * 16 + place) * self.hd
     }
-    fn attend(&self, b: usize, head: usize, q: &[f64], from: usize, to: usize) -> Vec<f64> {
+    /// The output for one query, and the log of the sum of exponentials as its last element.
+    pub fn attend(&self, b: usize, head: usize, q: &[f64], from: usize, to: usize) -> Vec<f64> {
         let row = |token: usize, kv| {
             let at = self.at(self.tables[b][token / 16], head, kv, token % 16);
             &self.pool[at..at + self.hd]
@@ -64,10 +65,11 @@ impl Cache {
                 *o += (s - max).exp() / sum * v;
             }
         }
+        out.push(max + sum.ln());
         out
     }
     /// Poisons the pages of a head of a sequence.
-    fn poison(&mut self, b: usize, head: usize) {
+    pub fn poison(&mut self, b: usize, head: usize) {
         for page in self.tables[b].clone() {
             let at = self.at(page, head, 0, 0);
             self.pool[at..at + 32 * self.hd].fill(f64::NAN);
@@ -97,7 +99,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let q = rng.vector(n * heads * c.hd, 1.0, c.dtype);
     let (mut tables, mut first_page, mut tokens, mut skip) = (vec![], vec![], vec![], vec![]);
     let (mut selected, mut keep, mut prefix) = (vec![0xffffu16; n * c.kv_heads], vec![], vec![0u32]);
-    let mut expected = vec![];
+    let (mut expected, mut logs) = (vec![], vec![]);
     for b in 0..n {
         let length = c.lengths[b];
         let start = length.saturating_sub(c.window);
@@ -114,8 +116,10 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
                 let at = (b * heads + head * c.group + r) * c.hd;
                 if length == 0 || !kept.contains(&head) {
                     expected.extend(vec![f64::NAN; c.hd]);
+                    logs.push(f64::NAN);
                 } else {
                     expected.extend(cache.attend(b, head, &q[at..at + c.hd], start, length));
+                    logs.extend(expected.pop());
                 }
             }
         }
@@ -135,6 +139,8 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let launch = k.decode();
     let out = bench.room(2 * expected.len());
     let counters = bench.words(&vec![0; n * c.kv_heads]);
+    let lse = bench.room(4 * n * heads);
+    let page = (c.kv_heads * 32 * c.hd * 2) as u64;
     let params = DecodeParams {
         q: bench.half(&q, c.dtype),
         kv: bench.half(&cache.pool, c.dtype),
@@ -150,8 +156,12 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         keep: bench.words(&keep),
         prefix: bench.words(&prefix),
         out,
+        lse,
         parts: bench.room(launch.grid.0 as usize * 2 * c.group * (c.hd + 4) * 4),
         counters,
+        page_stride: page,
+        head_stride: page / c.kv_heads as u64,
+        q_stride: (heads * c.hd) as u64,
         sequences: n as u32,
         heads: heads as u32,
         kv_heads: c.kv_heads as u32,
@@ -176,6 +186,9 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let got = bench.read_half(out, expected.len(), c.dtype);
     let limit = if c.dtype == DType::BF16 { 4e-3 } else { 1e-3 };
     let (mut a, mut b) = (vec![], vec![]);
+    for (x, y) in bench.read_floats(lse, logs.len()).iter().zip(&logs) {
+        assert!(x.is_nan() && y.is_nan() || (x - y).abs() <= 1e-3, "log-sum-exp {x}, not {y}");
+    }
     for (i, (x, y)) in got.iter().zip(&expected).enumerate() {
         if y.is_nan() {
             assert!(x.is_nan(), "element {i} was written");
@@ -439,7 +452,9 @@ fn prefill_part(bench: &Bench, p: &Prompts, chunks: &[(usize, usize)], tile: Til
             let from = (position + 1).saturating_sub(p.window);
             for head in 0..heads {
                 let at = (position * heads + head) * hd;
-                expected.extend(cache.attend(b, head / group, &queries[b][at..at + hd], from, position + 1));
+                expected.extend(
+                    &cache.attend(b, head / group, &queries[b][at..at + hd], from, position + 1)[..hd],
+                );
             }
         }
         q.extend(&queries[b][(context - n) * heads * hd..context * heads * hd]);

@@ -6,6 +6,7 @@ use crate::host_device::{Host, Late};
 use half::{bf16, f16};
 use polar_sparsity::backend::cuda::device::{self, Device};
 use polar_sparsity::backend::cuda::launch::Launch;
+use polar_sparsity::backend::cuda::ops::Launcher;
 use polar_sparsity::backend::cuda::params::{Params, Ptr};
 use polar_sparsity::dtype::DType;
 use std::sync::atomic::Ordering;
@@ -63,6 +64,13 @@ pub struct Bench {
     pub device: Box<dyn Device>,
     /// See [`Host::late`]; means nothing on a GPU.
     pub late: Late,
+}
+
+/// Operators launch on the device's one stream.
+impl Launcher for Bench {
+    fn start(&self, launch: &Launch, params: &[u8], _: bool) -> polar_sparsity::Result<()> {
+        self.device.start(launch, params)
+    }
 }
 
 impl Bench {

@@ -10,6 +10,8 @@ mod gpu;
 #[path = "../support/host_device.rs"]
 mod host_device;
 mod linear;
+mod ops;
+mod ops_mlp;
 mod rows;
 mod sampling;
 mod selection;

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::process::Command;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 #[allow(clippy::duplicate_mod, reason = "some test programs have it once more, in support")]
@@ -123,6 +123,10 @@ pub struct Host {
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
     pub multiprocessors: u32,
+    /// Bytes that `free_memory` speaks of before anything is taken.
+    pub capacity: AtomicU64,
+    /// Bytes taken now.
+    pub taken: AtomicU64,
     /// Memory that the kernels before each launch are still writing: address and bytes.
     pub late: Late,
     /// Whether `product` does what a vendor's library would.
@@ -147,6 +151,8 @@ impl Host {
             side: Mutex::default(),
             seed: AtomicU32::new(0),
             multiprocessors: 3,
+            capacity: AtomicU64::new(1 << 30),
+            taken: AtomicU64::new(0),
             late: Late::default(),
             library: false,
         }
@@ -280,16 +286,18 @@ impl Device for Host {
         227 * 1024
     }
     fn free_memory(&self) -> Result<u64> {
-        Ok(1 << 30)
+        Ok(self.capacity.load(Ordering::Relaxed).saturating_sub(self.taken.load(Ordering::Relaxed)))
     }
     fn alloc(&self, bytes: u64) -> Result<Ptr> {
         let memory = vec![0xffu8; bytes as usize + 2 * GUARD];
         let at = (memory.as_ptr() as u64 + GUARD as u64 / 2).next_multiple_of(256);
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
         self.memory.lock().unwrap().insert(at, memory);
         Ok(Ptr(at))
     }
     fn free(&self, at: Ptr) {
-        assert!(self.memory.lock().unwrap().remove(&at.0).is_some(), "freed twice");
+        let memory = self.memory.lock().unwrap().remove(&at.0).expect("freed twice");
+        self.taken.fetch_sub((memory.len() - 2 * GUARD) as u64, Ordering::Relaxed);
     }
     fn alloc_host(&self, bytes: usize) -> Result<NonNull<u8>> {
         let mut memory = vec![u64::MAX; bytes.div_ceil(16) * 2];

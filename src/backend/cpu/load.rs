@@ -2,6 +2,7 @@
 
 use super::matrix::Mat;
 use super::simd::Isa;
+use super::sizes::weight_dtype;
 use crate::backend::{Progress, WeightOptions};
 use crate::dtype::{DType, widen};
 use crate::error::{Error, Result, Status, try_with_capacity};
@@ -69,6 +70,11 @@ pub struct CpuRouters {
     pub(super) rank: usize,
 }
 
+/// Whether products with matrices of this type take bf16 activations.
+pub(super) fn meets_bf16(isa: Isa, dtype: DType) -> bool {
+    isa.bf16_products() && dtype == DType::BF16
+}
+
 /// Reads a model.
 pub(super) fn upload(
     pool: &Pool,
@@ -78,18 +84,7 @@ pub(super) fn upload(
     progress: Progress<'_>,
 ) -> Result<CpuWeights> {
     let spec = src.spec().clone();
-    let stored = spec.dtype;
-    let dtype = match options.dtype {
-        None => stored,
-        Some(d) if d == stored || d == DType::I8 => d,
-        Some(d) => {
-            return Err(Error::unsupported(format!(
-                "weights stored as {} cannot be kept as {} on the CPU",
-                stored.name(),
-                d.name()
-            )));
-        }
-    };
+    let (stored, dtype) = (spec.dtype, weight_dtype(&spec, options)?);
     let total = src.total_bytes();
     let mut l = Loader { pool, src, progress, total, done: 0, staging: Vec::new(), bytes: 0 };
     let (vocab, hidden) = (spec.vocab_size as usize, spec.hidden_size as usize);
@@ -112,7 +107,7 @@ pub(super) fn upload(
         (false, _) => Some(l.matrix(dtype, &[(Role::Head, vocab)], hidden)?),
     };
     let bytes = l.bytes;
-    let bf16 = isa.bf16_products() && dtype == DType::BF16;
+    let bf16 = meets_bf16(isa, dtype);
     Ok(CpuWeights { spec, embed, positions, final_norm, head, layers, bytes, bf16 })
 }
 
@@ -172,7 +167,7 @@ impl Loader<'_> {
                 mat: match gated {
                     true => self.matrix(dtype, &[(at(LayerRole::Down), hidden)], ffn)?,
                     false => {
-                        let pairs = isa.bf16_products() && dtype == DType::BF16;
+                        let pairs = meets_bf16(isa, dtype);
                         self.transposed(dtype, at(LayerRole::Down), ffn, hidden, pairs)?
                     }
                 },

@@ -13,25 +13,27 @@ mod mlp;
 mod product;
 mod scratch;
 pub(crate) mod simd;
+mod sizes;
 
 pub use kv::CpuKv;
 pub use load::{CpuRouters, CpuWeights};
 pub use scratch::CpuScratch;
 pub use simd::Isa;
 
-use super::{Backend, Caps, History, Limits, Live, Progress, Report, Site, Step, WeightOptions};
+use super::{Backend, Caps, Footprint, History, Limits, Live, Progress, Report, Site, Step, WeightOptions};
 use crate::backend::step::Sampled;
 use crate::error::{Error, Result, Status};
 use crate::model::{ModelSpec, Position, Weights};
 use crate::sample;
 use crate::sparsity::Counts;
 use crate::sparsity::router::RouterFile;
-use crate::sys::alloc::available;
+use crate::sys::alloc::{available, counted};
 use crate::sys::pool::Pool;
 use crate::sys::split::Chunks;
 use attention::norm_rows;
 use kv::KvShape;
 use product::{Cx, Into, product};
+use scratch::Kind;
 use simd::Pick;
 
 /// The device: an instruction set and threads.
@@ -55,6 +57,11 @@ impl Cpu {
         Cx { pool: &self.pool, isa: self.isa }
     }
 
+    fn kind(&self, spec: &ModelSpec, bf16: bool, rank: Option<usize>) -> Kind {
+        let kv_bf16 = load::meets_bf16(self.isa, spec.dtype);
+        Kind { threads: self.pool.threads(), bf16, kv_bf16, rank }
+    }
+
     fn check_layer(w: &CpuWeights, layer: usize) -> Result<()> {
         if layer < w.layers.len() { Ok(()) } else { Err(Error::invalid(format!("layer {layer}"))) }
     }
@@ -75,6 +82,34 @@ impl Backend for Cpu {
 
     fn free_memory(&self) -> Result<u64> {
         available().ok_or_else(|| Error::unsupported("this system does not say how much memory is free"))
+    }
+
+    fn footprint(
+        &self,
+        spec: &ModelSpec,
+        options: WeightOptions,
+        routers: Option<&RouterFile>,
+        limits: Option<&Limits>,
+    ) -> Result<Footprint> {
+        let dtype = sizes::weight_dtype(spec, options)?;
+        let ranks = routers.and_then(|r| r.info().mlp.as_ref()).map(|m| &m.ranks[..]).unwrap_or_default();
+        let rank = ranks.iter().flatten().max().map(|&r| r as usize);
+        let scratch = match limits {
+            // Made, counted, dropped: the sizes stand in one place.
+            Some(limits) => {
+                let kind = self.kind(spec, load::meets_bf16(self.isa, dtype), rank);
+                let (made, bytes) = counted(|| CpuScratch::new(spec, kind, limits));
+                made?;
+                bytes
+            }
+            None => 0,
+        };
+        Ok(Footprint {
+            weights: sizes::weight_bytes(spec, dtype),
+            routers: routers.map_or(0, |r| sizes::router_bytes(spec, r)),
+            page: KvShape::new(spec).page_bytes(),
+            scratch,
+        })
     }
 
     fn upload(
@@ -111,18 +146,18 @@ impl Backend for Cpu {
         // Untouched memory costs nothing, so the system would agree to any size, and end the
         // process later.
         let wanted = shape.page_bytes().saturating_mul(limits.pages as u64);
-        if available().is_some_and(|free| wanted > free) {
+        if let Some(free) = available().filter(|free| wanted > *free) {
             return Err(Error::new(
                 Status::E_NOMEM,
-                format!("KV pages: {wanted} bytes wanted, fewer are free"),
+                format!("KV pages: {wanted} bytes are needed, {free} are free"),
             ));
         }
         CpuKv::new(shape, limits.pages)
     }
 
     fn scratch(&self, w: &CpuWeights, r: Option<&CpuRouters>, limits: &Limits) -> Result<CpuScratch> {
-        let kv_bf16 = self.isa.bf16_products() && w.spec.dtype == crate::dtype::DType::BF16;
-        CpuScratch::new(self.pool.threads(), w, r, kv_bf16, limits)
+        let rank = r.filter(|r| r.layers.iter().any(|l| l.mlp.is_some())).map(|r| r.rank);
+        CpuScratch::new(&w.spec, self.kind(&w.spec, w.bf16, rank), limits)
     }
 
     fn begin(&self, w: &CpuWeights, s: &mut CpuScratch, step: &Step) -> Result<()> {

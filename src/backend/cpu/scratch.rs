@@ -1,6 +1,5 @@
 //! What a step needs beside weights and pages, sized once.
 
-use super::load::{CpuRouters, CpuWeights};
 use super::matrix::padded;
 use super::product::{MAX_BLOCK, ROW_BLOCK};
 use super::simd::Acts;
@@ -148,15 +147,20 @@ pub(super) struct Selection {
     pub(super) dense: Vec<u32>,
 }
 
+/// What the sizes depend on beside the model's.
+#[derive(Clone, Copy)]
+pub(super) struct Kind {
+    pub(super) threads: usize,
+    /// Activations that meet the weights are bf16.
+    pub(super) bf16: bool,
+    pub(super) kv_bf16: bool,
+    /// Widest middle of an MLP router; `None`: there is none.
+    pub(super) rank: Option<usize>,
+}
+
 impl CpuScratch {
-    pub(super) fn new(
-        threads: usize,
-        w: &CpuWeights,
-        r: Option<&CpuRouters>,
-        kv_bf16: bool,
-        limits: &Limits,
-    ) -> Result<CpuScratch> {
-        let spec = &w.spec;
+    pub(super) fn new(spec: &ModelSpec, kind: Kind, limits: &Limits) -> Result<CpuScratch> {
+        let Kind { threads, bf16, kv_bf16, rank } = kind;
         let (rows, batch) = (limits.max_rows, limits.max_batch);
         let hidden = spec.hidden_size as usize;
         let hidden_stride = padded(hidden);
@@ -183,25 +187,25 @@ impl CpuScratch {
             locals,
             x: f32s(rows, hidden_stride)?,
             h: f32s(rows, hidden_stride)?,
-            h_acts: ActBuf::new(w.bf16, if w.bf16 { rows } else { 0 }, hidden)?,
+            h_acts: ActBuf::new(bf16, if bf16 { rows } else { 0 }, hidden)?,
             hidden_stride,
             qkv: f32s(rows, qkv_width)?,
             qkv_width,
             q32: f32s(if kv_bf16 { 0 } else { rows }, q_width)?,
             q16: Buf::zeroed(if kv_bf16 { rows.saturating_mul(q_width) } else { 0 }, "activations")?,
-            attn: ActBuf::new(w.bf16, rows, spec.q_size())?,
-            z: ActBuf::new(w.bf16, rows, spec.ffn_size as usize)?,
+            attn: ActBuf::new(bf16, rows, spec.q_size())?,
+            z: ActBuf::new(bf16, rows, spec.ffn_size as usize)?,
             y: f32s(y_rows, hidden_stride)?,
             cos: f32s(rows, half)?,
             sin: f32s(rows, half)?,
             bands: filled(bands, Band { first: 0, rows: 0 })?,
             units: filled(bands, none)?,
             last: f32s(batch, hidden_stride)?,
-            last_acts: ActBuf::new(w.bf16, if w.bf16 { batch } else { 0 }, hidden)?,
+            last_acts: ActBuf::new(bf16, if bf16 { batch } else { 0 }, hidden)?,
             logits: f32s(batch, vocab)?,
             vocab,
             choices: try_vec(batch, choice, "sampled tokens")?,
-            select: Selection::new(spec, r, limits)?,
+            select: Selection::new(spec, rank, limits)?,
             counts: try_vec(batch, Counts::default(), "counts")?,
             nan_scores: 0,
             kv_bytes_read: 0,
@@ -286,13 +290,12 @@ impl Local {
 }
 
 impl Selection {
-    fn new(spec: &ModelSpec, r: Option<&CpuRouters>, limits: &Limits) -> Result<Selection> {
+    fn new(spec: &ModelSpec, rank: Option<usize>, limits: &Limits) -> Result<Selection> {
         let batch = limits.max_batch;
         let (heads, kv_heads) = (spec.num_heads as usize, spec.num_kv_heads as usize);
         let ffn = spec.ffn_size as usize;
-        let has_mlp = r.is_some_and(|r| r.layers.iter().any(|l| l.mlp.is_some()));
-        let low_stride = padded(r.map_or(0, |r| r.rank));
-        let (routed, neurons) = if has_mlp { (batch, ffn) } else { (0, 0) };
+        let low_stride = padded(rank.unwrap_or(0));
+        let (routed, neurons) = if rank.is_some() { (batch, ffn) } else { (0, 0) };
         let mut invariant = try_with_capacity(routed, "selections")?;
         for _ in 0..routed {
             invariant.push(try_with_capacity(neurons, "selections")?);

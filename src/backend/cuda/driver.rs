@@ -6,19 +6,19 @@
 //! context is left as it was. The device is never reset.
 
 use super::device::Device;
-use super::image::{FATBIN, functions};
-use super::launch::{Launch, NAMES};
+use super::launch::Launch;
 pub use super::library::Choice;
 use super::library::{Contest, Library, WORKSPACE, Work};
+use super::module::{Module, missing_kernels};
 use super::params::{LinearParams, Ptr};
-use super::probe::check;
 pub use super::probe::{Found, count, describe};
+use super::probe::{check, with_driver};
 use super::side::{Lane, Side};
 use super::stopwatch::Flush;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -40,15 +40,12 @@ pub struct Driver {
     /// The thread that records, 0: none.
     recording: AtomicUsize,
     side: Side,
-    module: sys::CUmodule,
-    functions: Vec<sys::CUfunction>,
+    module: Option<Module>,
     name: String,
     multiprocessors: u32,
     shared_per_block: u32,
     library: Option<Library>,
     workspace: u64,
-    /// Kernels may be launched before their predecessor ends (compute capability 9.0 and up).
-    starts_early: bool,
     /// Products are chosen by time.
     timed: bool,
     /// Work did not end within [`RELEASE_WAIT_NS`].
@@ -80,11 +77,14 @@ impl Drop for Entered {
 impl Driver {
     /// Opens device `ordinal`.
     pub fn open(ordinal: u32) -> Result<Driver> {
+        with_driver(|| Driver::open_device(ordinal))
+    }
+
+    fn open_device(ordinal: u32) -> Result<Driver> {
         let n = count()?;
         if ordinal >= n {
             return Err(Error::invalid(format!("CUDA device {ordinal}: the driver lists {n}")));
         }
-        let image = FATBIN.ok_or_else(|| Error::unsupported("CUDA: this build has no kernels"))?;
         let mut driver = Driver {
             device: 0,
             context: null_mut(),
@@ -92,14 +92,12 @@ impl Driver {
             recorder: null_mut(),
             recording: AtomicUsize::new(0),
             side: Side::none(),
-            module: null_mut(),
-            functions: Vec::new(),
+            module: None,
             name: String::new(),
             multiprocessors: 0,
             shared_per_block: 0,
             library: None,
             workspace: 0,
-            starts_early: false,
             timed: true,
             stuck: AtomicBool::new(false),
         };
@@ -113,13 +111,9 @@ impl Driver {
             use sys::CUdevice_attribute as A;
             let major = driver.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = driver.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            if major < 8 {
-                return Err(Error::unsupported(format!(
-                    "{}: compute capability {major}.{minor}, 8.0 is needed",
-                    driver.name
-                )));
+            if let Some(why) = missing_kernels((10 * major + minor) as u32) {
+                return Err(Error::unsupported(format!("{}: {why}", driver.name)));
             }
-            driver.starts_early = major >= 9;
             driver.multiprocessors = driver.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
             driver.shared_per_block =
                 driver.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
@@ -131,11 +125,7 @@ impl Driver {
             check("CUDA stream", sys::cuStreamCreate(&mut driver.stream, non_blocking))?;
             check("CUDA stream", sys::cuStreamCreate(&mut driver.recorder, non_blocking))?;
             driver.side.create()?;
-            check(
-                format_args!("{}: the kernels do not load", driver.name),
-                sys::cuModuleLoadData(&mut driver.module, image.as_ptr().cast::<c_void>()),
-            )?;
-            driver.functions = functions(driver.module, driver.shared_per_block)?;
+            driver.module = Some(Module::load(&driver.name, driver.shared_per_block, major >= 9)?);
             check("cuBLASLt's workspace", sys::cuMemAlloc_v2(&mut driver.workspace, WORKSPACE))?;
             driver.library = Library::open(driver.workspace);
         }
@@ -169,37 +159,12 @@ impl Driver {
 
     fn launch(&self, (stream, lane): (sys::CUstream, Lane), launch: &Launch, params: &[u8]) -> Result<()> {
         let _entered = self.enter()?;
-        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         // A kernel may start before the one before it ends; every one of ours waits by itself. But it waits
         // for that one only: right after a wait for the other stream the launch itself has to be in order.
-        let early_start = !lane.takes_order() && self.starts_early;
-        // SAFETY: plain structs; zero is a valid value of every field.
-        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared,
-            hStream: stream,
-            attrs: &mut early,
-            numAttrs: u32::from(early_start),
-        };
-        // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
-        // them before it returns.
-        let result = unsafe {
-            sys::cuLaunchKernelEx(
-                &config,
-                self.functions[launch.kernel.0 as usize],
-                arguments.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        check(format_args!("kernel {}", NAMES[launch.kernel.0 as usize]), result)
+        let early = !lane.takes_order();
+        let module = self.module.as_ref().ok_or_else(|| Error::invalid("the kernels are not loaded"))?;
+        // SAFETY: this device's context is current and the stream its own.
+        unsafe { module.launch(launch, params, stream, early) }
     }
 
     /// Where this thread's work goes now.
@@ -235,6 +200,8 @@ impl Driver {
 impl Drop for Driver {
     fn drop(&mut self) {
         if self.context.is_null() || (!self.stream.is_null() && !self.is_quiet()) {
+            // Destroying the library's handle would wait for the device.
+            std::mem::forget(self.library.take());
             return;
         }
         if let Ok(_entered) = self.enter() {
@@ -252,8 +219,8 @@ impl Drop for Driver {
                 if self.workspace != 0 {
                     let _ = sys::cuMemFree_v2(self.workspace);
                 }
-                if !self.module.is_null() {
-                    let _ = sys::cuModuleUnload(self.module);
+                if let Some(module) = &mut self.module {
+                    module.unload();
                 }
             }
         }

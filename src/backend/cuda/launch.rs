@@ -25,7 +25,7 @@ macro_rules! names {
     ($($name:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
-            "neuron_scores", "select_neurons", "select_neurons_large", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
+            "neuron_scores", "select_neurons", "select_neurons_large", "attention_plan", "zero_heads", "mark_rows", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
             "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
@@ -78,6 +78,8 @@ const REGISTER_NEURONS: u32 = 16_384;
 const SELECT_PIECE: u32 = 2048;
 /// Most blocks that share one row of logits.
 pub const ARGMAX_PIECES: u32 = 32;
+/// Fewest virtual pages that a block of the decode attention is given.
+pub const DECODE_MIN_PAGES: u32 = 6;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
 
@@ -133,6 +135,9 @@ pub struct Kernels {
     tile: [Id; 2],
     scores: Id,
     neurons: [Id; 2],
+    plan: Id,
+    zero: Id,
+    mark: Id,
     argmax: Id,
     count_tokens: Id,
     sample: [Id; 3],
@@ -210,6 +215,9 @@ impl Kernels {
             tile: [each("linear_tile_nt")?, each("linear_tile_nn")?],
             scores: by_name("neuron_scores")?,
             neurons: [by_name("select_neurons")?, by_name("select_neurons_large")?],
+            plan: by_name("attention_plan")?,
+            zero: by_name("zero_heads")?,
+            mark: by_name("mark_rows")?,
             argmax: by_name("argmax")?,
             count_tokens: by_name("count_tokens")?,
             sample: [by_name("sample_penalised")?, by_name("sample_bins")?, by_name("sample_finish")?],
@@ -269,6 +277,22 @@ impl Kernels {
     /// Head selection by `router` logits a sequence.
     pub fn select_heads(&self, sequences: u32, router: u32) -> Launch {
         Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: select_bytes(router) }
+    }
+
+    /// Tables of the decode attention from a host's own.
+    pub fn plan(&self, sequences: u32, kv_heads: u32) -> Launch {
+        let blocks = (sequences * kv_heads).div_ceil(1024).clamp(1, self.multiprocessors);
+        Launch { kernel: self.plan, grid: (blocks, 1), threads: 256, shared: 8 * 4 }
+    }
+
+    /// Zeros where the decode attention writes nothing.
+    pub fn zero_heads(&self, sequences: u32) -> Launch {
+        Launch { kernel: self.zero, grid: (sequences, 1), threads: 256, shared: MAX_UNITS * 4 }
+    }
+
+    /// Which rows of a host's batch are padding.
+    pub fn mark_rows(&self) -> Launch {
+        Launch { kernel: self.mark, grid: (1, 1), threads: 256, shared: 0 }
     }
 
     /// Scores of the neurons of `groups` groups of rows.

@@ -3,7 +3,7 @@
 
 use super::device::Device;
 use super::params::Ptr;
-use crate::error::Result;
+use crate::error::{Error, Result, Status};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -11,6 +11,17 @@ use std::sync::Arc;
 pub(super) struct Memory<D: Device> {
     device: Arc<D>,
     pub(super) at: Ptr,
+}
+
+/// An error that names both numbers unless `bytes` fit into what is free: said before anything is taken.
+pub(super) fn check_room<D: Device>(device: &D, what: &str, bytes: u64) -> Result<()> {
+    let free = device.free_memory()?;
+    if bytes <= free {
+        return Ok(());
+    }
+    let name = device.name();
+    let text = format!("{what}: {bytes} bytes are needed, {free} are free on {name}");
+    Err(Error::new(Status::E_DEVICE_NOMEM, text))
 }
 
 impl<D: Device> Memory<D> {

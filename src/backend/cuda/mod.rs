@@ -11,13 +11,14 @@ mod buckets;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
-#[cfg(feature = "cuda")]
-mod image;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
 mod memory;
+#[cfg(feature = "cuda")]
+mod module;
 mod neurons;
+pub mod ops;
 pub mod params;
 #[cfg(feature = "cuda")]
 mod probe;
@@ -36,7 +37,9 @@ mod weights;
 pub use scratch::CudaScratch;
 pub use weights::{CudaRouters, CudaWeights};
 
-use super::{Backend, Caps, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions};
+use super::{
+    Backend, Caps, Footprint, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions,
+};
 use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Weights};
 use crate::sparsity::router::RouterFile;
@@ -83,11 +86,6 @@ impl<D: Device> Cuda<D> {
     /// The device.
     pub fn device(&self) -> &Arc<D> {
         &self.device
-    }
-
-    /// Bytes a model's weights will take, before anything is loaded.
-    pub fn estimate(spec: &ModelSpec) -> Result<u64> {
-        weights::bytes(spec, &Shape::new(spec, None)?)
     }
 
     /// Random contents for every page: for benchmarks.
@@ -143,6 +141,30 @@ impl<D: Device> Backend for Cuda<D> {
         self.device.free_memory()
     }
 
+    fn footprint(
+        &self,
+        spec: &ModelSpec,
+        options: WeightOptions,
+        routers: Option<&RouterFile>,
+        limits: Option<&Limits>,
+    ) -> Result<Footprint> {
+        let shape = Shape::new(spec, options.dtype)?;
+        let kernels = shape.kernels(self.device.multiprocessors(), self.device.shared_per_block())?;
+        let (layers, routers) = match routers {
+            Some(file) => weights::router_places(&shape, file.info(), Ptr::NULL)?,
+            None => (Vec::new(), 0),
+        };
+        Ok(Footprint {
+            weights: weights::bytes(spec, &shape)?,
+            routers,
+            page: shape.layer_page_bytes() * shape.layers as u64,
+            scratch: match limits {
+                Some(limits) => scratch::bytes(&shape, &kernels, &layers, limits, &spec.position),
+                None => 0,
+            },
+        })
+    }
+
     fn upload(
         &self,
         src: &dyn Weights,
@@ -166,6 +188,13 @@ impl<D: Device> Backend for Cuda<D> {
 
     fn page_bytes(&self, w: &Self::Weights) -> u64 {
         w.shape.layer_page_bytes() * w.shape.layers as u64
+    }
+
+    fn check_room(&self, w: &Self::Weights, r: Option<&Self::Routers>, limits: &Limits) -> Result<()> {
+        let pages = self.page_bytes(w).saturating_mul(limits.pages as u64);
+        let layers = r.map_or(&[][..], |r| &r.layers);
+        let scratch = scratch::bytes(&w.shape, &w.kernels, layers, limits, &w.spec.position);
+        memory::check_room(&*self.device, "KV pages and activations", pages.saturating_add(scratch))
     }
 
     fn kv(&self, w: &Self::Weights, limits: &Limits) -> Result<Self::Kv> {

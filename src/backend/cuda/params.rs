@@ -78,9 +78,20 @@ params! {
     /// See the header.
     DecodeParams {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
-        prefix: Ptr, out: Ptr, parts: Ptr, counters: Ptr,
+        prefix: Ptr, out: Ptr, lse: Ptr, parts: Ptr, counters: Ptr,
+        page_stride: u64, head_stride: u64, q_stride: u64,
         sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, segment_cost: u32, early: u32, scale: f32,
     }
+    /// See the header.
+    PlanParams {
+        lengths: Ptr, wanted: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, keep: Ptr, prefix: Ptr, counters: Ptr,
+        sequences: u32, kv_heads: u32, max_pages: u32, table_stride: u32, window: u32,
+        segment_cost: u32,
+    }
+    /// See the header.
+    ZeroParams { selected: Ptr, keep: Ptr, out: Ptr, lse: Ptr, kv_heads: u32, unit_width: u32, group: u32 }
+    /// See the header.
+    MarkParams { active: Ptr, group: Ptr, rows: u32 }
     /// See the header.
     PrefillTile { first_row: u32, tokens: u32, position: u32, context: u32, first_page: u32 }
     /// See the header.
@@ -131,7 +142,7 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 22] {
+pub fn sizes() -> [usize; 25] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
@@ -142,6 +153,9 @@ pub fn sizes() -> [usize; 22] {
         s::<QkvParams>(),
         s::<SelectParams>(),
         s::<DecodeParams>(),
+        s::<PlanParams>(),
+        s::<ZeroParams>(),
+        s::<MarkParams>(),
         s::<PrefillTile>(),
         s::<PrefillParams>(),
         s::<ActivateParams>(),

@@ -1,45 +1,21 @@
-//! What NVIDIA's driver says of this machine, before a device is opened: loaded at run time, so that
-//! none, one that is too old and one without a device are each an error in a sentence.
+//! Whether this process can use NVIDIA GPUs, which ones there are, and if not, why: in a sentence.
 
+use super::module::{FATBIN, missing_kernels};
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::c_int;
 use std::fmt::Display;
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Oldest CUDA version a driver must speak: the one the kernels were compiled with.
 const CUDA_NEEDED: c_int = 13000;
 
-/// The driver's answer as a result.
-pub(super) fn check(what: impl Display, result: CUresult) -> Result<()> {
-    if result == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let code = result as i32;
-    let status = match code {
-        2 => Status::E_DEVICE_NOMEM,
-        100 | 101 => Status::E_NO_DRIVER,
-        // Errors that stay until the process ends.
-        214 | 700 | 702 | 708..=720 | 999 => Status::E_DEVICE_LOST,
-        _ => Status::E_DEVICE,
-    };
-    let mut text: *const std::ffi::c_char = std::ptr::null();
-    // SAFETY: the driver writes a pointer to a static string, or null for an unknown code.
-    let name = unsafe {
-        let _ = sys::cuGetErrorName(result, &mut text);
-        if text.is_null() { "unknown".into() } else { std::ffi::CStr::from_ptr(text).to_string_lossy() }
-    };
-    let mut error = Error::new(status, format!("{what}: {name} ({code})"));
-    error.device_code = code;
-    Err(error)
-}
-
 /// Why no CUDA device can be used in this process, or how many there are.
 pub fn count() -> Result<u32> {
-    if super::image::FATBIN.is_none() {
+    if FATBIN.is_none() {
         return Err(Error::unsupported("CUDA: this build has no kernels"));
     }
-    let probe = catch_unwind(|| {
+    with_driver(|| {
         // SAFETY: looks for the library; loads nothing that could fail later.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::new(
@@ -50,7 +26,13 @@ pub fn count() -> Result<u32> {
         let (mut version, mut n) = (0, 0);
         // SAFETY: plain queries into local variables.
         unsafe {
-            check("CUDA: the driver does not start", sys::cuInit(0))?;
+            match sys::cuInit(0) {
+                CUresult::CUDA_ERROR_NO_DEVICE => {
+                    return Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver finds no GPU"));
+                }
+                started => check("CUDA: the driver does not start", started)
+                    .map_err(|e| Error { status: Status::E_NO_DRIVER, ..e })?,
+            }
             check("CUDA: driver version", sys::cuDriverGetVersion(&mut version))?;
             check("CUDA: devices", sys::cuDeviceGetCount(&mut n))?;
         }
@@ -67,9 +49,15 @@ pub fn count() -> Result<u32> {
             ));
         }
         Ok(n as u32)
-    });
-    probe
-        .unwrap_or_else(|_| Err(Error::new(Status::E_NO_DRIVER, "CUDA: the driver library lacks a function")))
+    })
+}
+
+/// Runs what calls the driver. Its functions are looked up when they are called; a missing one panics.
+pub(super) fn with_driver<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+        let why = "CUDA: the driver library lacks a function that CUDA 13.0 has";
+        Err(Error::new(Status::E_NO_DRIVER, why))
+    })
 }
 
 /// A device the driver lists.
@@ -83,6 +71,8 @@ pub struct Found {
     pub memory_total: u64,
     /// Identifier, as `nvidia-smi -L` prints it.
     pub uuid: String,
+    /// Why it cannot be used, if it cannot.
+    pub unusable: Option<String>,
 }
 
 /// What the driver says of device `ordinal`, without opening it.
@@ -113,6 +103,30 @@ pub fn describe(ordinal: u32) -> Result<Found> {
             compute_capability: (10 * major + minor) as u32,
             memory_total: total as u64,
             uuid: format!("GPU-{}", parts.join("-")),
+            unusable: missing_kernels((10 * major + minor) as u32),
         })
     }
+}
+
+pub(super) fn check(what: impl Display, result: CUresult) -> Result<()> {
+    if result == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let code = result as i32;
+    let status = match code {
+        2 => Status::E_DEVICE_NOMEM,
+        100 | 101 => Status::E_NO_DRIVER,
+        // Errors that stay until the process ends.
+        214 | 700 | 702 | 708..=720 | 999 => Status::E_DEVICE_LOST,
+        _ => Status::E_DEVICE,
+    };
+    let mut text: *const std::ffi::c_char = std::ptr::null();
+    // SAFETY: the driver writes a pointer to a static string, or null for an unknown code.
+    let name = unsafe {
+        let _ = sys::cuGetErrorName(result, &mut text);
+        if text.is_null() { "unknown".into() } else { std::ffi::CStr::from_ptr(text).to_string_lossy() }
+    };
+    let mut error = Error::new(status, format!("{what}: {name} ({code})"));
+    error.device_code = code;
+    Err(error)
 }

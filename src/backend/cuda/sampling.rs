@@ -113,6 +113,36 @@ fn class(job: &SampleJob) -> u8 {
     }
 }
 
+/// Lays the buffers out from `at` on.
+fn places(rows: usize, vocab: usize, at: Ptr) -> (Buffers, u64) {
+    let mut p = Places::from(at);
+    let jobs = 2 * rows;
+    let buffers = Buffers {
+        token: p.take(rows, 4),
+        logprob: p.take(rows, 4),
+        nan_count: p.take(1, 4),
+        job_token: p.take(rows, 4),
+        job_logprob: p.take(rows, 4),
+        top_token: p.take(rows * MAX_LOGPROBS, 4),
+        top_logprob: p.take(rows * MAX_LOGPROBS, 4),
+        end: p.take(0, 1),
+        parts: p.take(rows * 3 * ARGMAX_PIECES as usize, 4),
+        counters: p.take(rows, 4),
+        jobs: p.take(jobs, size_of::<SampleJob>()),
+        states: p.take(jobs, size_of::<SampleState>()),
+        bins: p.take(jobs * SAMPLE_BINS, 8),
+        list: p.take(jobs * SAMPLE_LIST, 4),
+        news: p.take(2 * NEWS, 4),
+        occurrences: p.take(rows * vocab, 4),
+    };
+    (buffers, p.used() - at.0)
+}
+
+/// Bytes of device memory for up to `rows` rows of `vocab` logits.
+pub(super) fn bytes(rows: usize, vocab: usize) -> u64 {
+    places(rows, vocab, Ptr::NULL).1
+}
+
 impl<D: Device> Sampling<D> {
     /// For up to `rows` rows of `vocab` logits a step. Nothing is allocated later.
     pub fn new(device: &Arc<D>, kernels: &Kernels, rows: usize, vocab: usize) -> Result<Sampling<D>> {
@@ -121,31 +151,8 @@ impl<D: Device> Sampling<D> {
                 "sampling from {vocab} tokens on a CUDA device: at most {MAX_VOCAB}"
             )));
         }
-        let lay = |at: Ptr| {
-            let mut p = Places::from(at);
-            let jobs = 2 * rows;
-            let buffers = Buffers {
-                token: p.take(rows, 4),
-                logprob: p.take(rows, 4),
-                nan_count: p.take(1, 4),
-                job_token: p.take(rows, 4),
-                job_logprob: p.take(rows, 4),
-                top_token: p.take(rows * MAX_LOGPROBS, 4),
-                top_logprob: p.take(rows * MAX_LOGPROBS, 4),
-                end: p.take(0, 1),
-                parts: p.take(rows * 3 * ARGMAX_PIECES as usize, 4),
-                counters: p.take(rows, 4),
-                jobs: p.take(jobs, size_of::<SampleJob>()),
-                states: p.take(jobs, size_of::<SampleState>()),
-                bins: p.take(jobs * SAMPLE_BINS, 8),
-                list: p.take(jobs * SAMPLE_LIST, 4),
-                news: p.take(2 * NEWS, 4),
-                occurrences: p.take(rows * vocab, 4),
-            };
-            (buffers, p.used() - at.0)
-        };
-        let memory = Memory::zeroed(device, lay(Ptr::NULL).1)?;
-        let at = lay(memory.at).0;
+        let memory = Memory::zeroed(device, bytes(rows, vocab))?;
+        let at = places(rows, vocab, memory.at).0;
         Ok(Sampling {
             device: Arc::clone(device),
             _memory: memory,

@@ -5,10 +5,10 @@ use super::device::Device;
 use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
-use super::sampling::Sampling;
+use super::sampling::{self, Sampling};
 use super::shape::Shape;
-use super::tables::Tables;
-use super::weights::{CudaRouters, CudaWeights};
+use super::tables::{self, Tables};
+use super::weights::{CudaRouters, CudaWeights, LayerRouters};
 use crate::backend::{Limits, PAGE_TOKENS, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::Position;
@@ -108,13 +108,14 @@ impl<D: Device> CudaScratch<D> {
         limits: &Limits,
     ) -> Result<CudaScratch<D>> {
         let (s, k) = (&w.shape, &w.kernels);
-        if r.is_some_and(|r| r.layers.iter().any(|l| l.rank > 0)) && !k.neurons_fit(s.ffn as u32) {
+        let r = r.map_or(&[][..], |r| &r.layers);
+        if r.iter().any(|l| l.rank > 0) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
         let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens(TileSize::Small))?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
-            let buffers = places(s, k, r, limits, &w.spec.position, &tables, &mut p);
+            let buffers = places(s, k, r, limits, &w.spec.position, &mut p);
             (buffers, p.used() - at.0)
         };
         let memory = Memory::zeroed(device, lay(Ptr::NULL).1)?;
@@ -144,6 +145,13 @@ impl<D: Device> CudaScratch<D> {
     }
 }
 
+/// Bytes of device memory that [`CudaScratch::new`] takes.
+pub(super) fn bytes(s: &Shape, k: &Kernels, r: &[LayerRouters], limits: &Limits, position: &Position) -> u64 {
+    let mut p = Places::from(Ptr::NULL);
+    places(s, k, r, limits, position, &mut p);
+    p.used() + sampling::bytes(limits.max_batch, s.vocab)
+}
+
 /// Most recorded steps kept; the one used longest ago goes first. A server whose batch moves between 1
 /// and 256 has 15 buckets, times the few density settings it uses.
 pub(super) const MAX_PROGRAMS: usize = 64;
@@ -159,13 +167,12 @@ impl<D: Device> Drop for CudaScratch<D> {
     }
 }
 
-fn places<D: Device>(
+fn places(
     s: &Shape,
     k: &Kernels,
-    r: Option<&CudaRouters<D>>,
+    r: &[LayerRouters],
     limits: &Limits,
     position: &Position,
-    tables: &Tables<D>,
     p: &mut Places,
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
@@ -186,7 +193,7 @@ fn places<D: Device>(
         down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
     let (mut rank, mut router_sums, mut qkv) = (0, 0, forward(s.qkv(), d));
-    for l in r.map_or(&[][..], |r| &r.layers) {
+    for l in r {
         if l.attn_rows > 0 {
             let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
             qkv = qkv.max(apart).max(forward(s.qkv() + l.attn_room(), d));
@@ -224,7 +231,7 @@ fn places<D: Device>(
         parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
-        tables: p.take(tables.bytes() as usize, 1),
+        tables: p.take(tables::bytes(limits, s.layers, k.tile_tokens()) as usize, 1),
     }
 }
 

@@ -2,7 +2,7 @@
 //! next adds them, with bias and activation.
 
 use super::device::{Device, start};
-use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::launch::{DECODE_MIN_PAGES, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
 use super::weights::{CudaRouters, CudaWeights, LayerRouters, Pair};
@@ -309,13 +309,17 @@ impl<D: Device> Cuda<D> {
                 keep,
                 prefix,
                 out: b.attention,
+                lse: Ptr::NULL,
                 parts: b.parts,
                 counters: b.counters,
+                page_stride: s.shape.layer_page_bytes(),
+                head_stride: s.shape.layer_page_bytes() / s.shape.kv_heads as u64,
+                q_stride: s.shape.q() as u64,
                 sequences,
                 heads,
                 kv_heads,
                 stages: s.kernels.stages,
-                min_pages: 6,
+                min_pages: DECODE_MIN_PAGES,
                 segment_cost: SEGMENT_COST,
                 early: 1,
                 scale,

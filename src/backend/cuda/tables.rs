@@ -52,7 +52,6 @@ pub(super) struct Tables<D: Device> {
     staging: [HostWords<D>; 2],
     turn: usize,
     base: Ptr,
-    room: usize,
     most_pages: usize,
     limits: Limits,
     layout: Layout,
@@ -103,6 +102,23 @@ pub(super) enum Groups {
     Invariant,
 }
 
+/// Words for the largest step, and how many pages are among them.
+fn room(limits: &Limits, layers: usize, tile_tokens: u32) -> (usize, usize) {
+    let (rows, batch) = (limits.max_rows + 3, limits.max_batch + 3);
+    let tiles = rows.div_ceil(tile_tokens as usize) + batch;
+    let pages_per_seq = limits.max_context.div_ceil(PAGE_TOKENS);
+    // As many as `Step::with_limits` has room for.
+    let most_pages = limits.pages.min(pages_per_seq.saturating_mul(limits.max_batch));
+    let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 1) + TILE_WORDS * tiles;
+    // Each list begins at a multiple of four words: hence the threes above, and these few.
+    (most_pages.saturating_add(lists + 16), most_pages)
+}
+
+/// Bytes of the tables on the device.
+pub(super) fn bytes(limits: &Limits, layers: usize, tile_tokens: u32) -> u64 {
+    4 * room(limits, layers, tile_tokens).0 as u64
+}
+
 impl<D: Device> Tables<D> {
     /// Words for the largest step, prompts cut into tiles of at least `tile_tokens`.
     pub(super) fn new(
@@ -111,19 +127,11 @@ impl<D: Device> Tables<D> {
         layers: usize,
         tile_tokens: u32,
     ) -> Result<Tables<D>> {
-        let (rows, batch) = (limits.max_rows + 3, limits.max_batch + 3);
-        let tiles = rows.div_ceil(tile_tokens as usize) + batch;
-        let pages_per_seq = limits.max_context.div_ceil(PAGE_TOKENS);
-        // As many as `Step::with_limits` has room for.
-        let most_pages = limits.pages.min(pages_per_seq.saturating_mul(limits.max_batch));
-        let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 1) + TILE_WORDS * tiles;
-        // Each list begins at a multiple of four words: hence the threes above, and these few.
-        let room = most_pages.saturating_add(lists + 16);
+        let (room, most_pages) = room(limits, layers, tile_tokens);
         Ok(Tables {
             staging: [HostWords::zeroed(device, room)?, HostWords::zeroed(device, room)?],
             turn: 0,
             base: Ptr::NULL,
-            room,
             most_pages,
             limits: *limits,
             layout: Layout::default(),
@@ -136,10 +144,6 @@ impl<D: Device> Tables<D> {
             any_invariant: false,
             all_reference: false,
         })
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        4 * self.room as u64
     }
 
     pub(super) fn place(&mut self, at: Ptr) {

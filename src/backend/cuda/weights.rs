@@ -3,7 +3,7 @@
 
 use super::device::{Device, start};
 use super::launch::Kernels;
-use super::memory::{Memory, Places};
+use super::memory::{Memory, Places, check_room};
 use super::params::{Ptr, TransposeParams};
 use super::shape::Shape;
 use crate::backend::Progress;
@@ -92,6 +92,12 @@ fn places(spec: &ModelSpec, shape: &Shape, at: Ptr) -> Result<(Shared, Vec<Layer
     Ok((shared, layers, bytes))
 }
 
+/// Device memory that a piece takes while its rows are turned into columns.
+fn staging_bytes(shape: &Shape) -> u64 {
+    let longest = shape.ffn.max(shape.heads * shape.head_dim).max(shape.hidden);
+    PIECE.max(4 * longest) as u64
+}
+
 /// Bytes a model takes on a device.
 pub(super) fn bytes(spec: &ModelSpec, shape: &Shape) -> Result<u64> {
     Ok(places(spec, shape, Ptr::NULL)?.2)
@@ -102,6 +108,7 @@ impl<D: Device> CudaWeights<D> {
         let shape = Shape::new(spec, dtype)?;
         let kernels = shape.kernels(device.multiprocessors(), device.shared_per_block())?;
         let bytes = bytes(spec, &shape)?;
+        check_room(&**device, "weights", bytes + staging_bytes(&shape))?;
         let memory = Memory::zeroed(device, bytes)?;
         let (shared, layers, _) = places(spec, &shape, memory.at)?;
         Ok(CudaWeights { spec: spec.clone(), shape, kernels, shared, layers, bytes, _memory: memory })
@@ -115,8 +122,7 @@ impl<D: Device> CudaWeights<D> {
         progress: Progress<'_>,
     ) -> Result<CudaWeights<D>> {
         let w = CudaWeights::empty(device, src.spec(), dtype)?;
-        let longest = w.shape.ffn.max(w.shape.heads * w.shape.head_dim).max(w.shape.hidden);
-        let staging = Memory::zeroed(device, (PIECE.max(4 * longest)) as u64)?;
+        let staging = Memory::zeroed(device, staging_bytes(&w.shape))?;
         let mut f = Filler {
             device: &**device,
             shape: &w.shape,
@@ -391,34 +397,34 @@ pub struct CudaRouters<D: Device> {
     memory: Memory<D>,
 }
 
+/// Lays routers out from `at` on.
+pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result<(Vec<LayerRouters>, u64)> {
+    let mut p = Places::from(at);
+    let mut layers = try_with_capacity(shape.layers, "router layers")?;
+    for l in 0..shape.layers {
+        let mut r = LayerRouters::default();
+        let attention = info.attention.as_ref();
+        if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
+            r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
+            r.attn = Pair { weight: p.take(r.attn_room() * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
+        }
+        if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
+            r.rank = (rank as usize).next_multiple_of(8);
+            r.down = p.take(r.rank * shape.hidden, 2);
+            r.up = p.take(shape.neurons * r.rank, 2);
+        }
+        layers.push(r);
+    }
+    Ok((layers, p.used() - at.0))
+}
+
 impl<D: Device> CudaRouters<D> {
     /// Room for the routers that `info` lists, zeros.
     fn empty(device: &Arc<D>, shape: &Shape, info: &RouterInfo) -> Result<CudaRouters<D>> {
-        let lay = |at: Ptr| -> Result<(Vec<LayerRouters>, u64)> {
-            let mut p = Places::from(at);
-            let mut layers = try_with_capacity(shape.layers, "router layers")?;
-            for l in 0..shape.layers {
-                let mut r = LayerRouters::default();
-                let attention = info.attention.as_ref();
-                if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
-                    r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
-                    r.attn = Pair {
-                        weight: p.take(r.attn_room() * shape.hidden, 2),
-                        bias: p.take(r.attn_rows, 2),
-                    };
-                }
-                if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
-                    r.rank = (rank as usize).next_multiple_of(8);
-                    r.down = p.take(r.rank * shape.hidden, 2);
-                    r.up = p.take(shape.neurons * r.rank, 2);
-                }
-                layers.push(r);
-            }
-            Ok((layers, p.used() - at.0))
-        };
-        let bytes = lay(Ptr::NULL)?.1;
+        let bytes = router_places(shape, info, Ptr::NULL)?.1;
+        check_room(&**device, "routers", bytes)?;
         let memory = Memory::zeroed(device, bytes)?;
-        let layers = lay(memory.at)?.0;
+        let layers = router_places(shape, info, memory.at)?.0;
         Ok(CudaRouters { layers, bytes, memory })
     }
 

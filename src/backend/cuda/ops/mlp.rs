@@ -1,0 +1,359 @@
+//! Selective MLP: which neurons a batch runs, and the two products over their rows only.
+
+use super::{Launcher, MAX_ROWS, MAX_WIDTH, Ops, Queue, Workspace, count, optional, pointer, width};
+use crate::backend::cuda::launch::{Kernels, Launch, MADE_ROWS, SKINNY_ROWS};
+use crate::backend::cuda::memory::Places;
+use crate::backend::cuda::params::{
+    ActivateParams, DownParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr, RouterParams,
+};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// `y = x` of the activation kernel.
+const NO_ACTIVATION: u32 = 3;
+
+/// The neurons with the largest sums, over the batch, of positive router logits.
+#[derive(Clone, Copy, Debug)]
+pub struct NeuronSelection {
+    /// Of x and the router.
+    pub dtype: DType,
+    /// Rows of the batch.
+    pub rows: u32,
+    /// Width of x; with `rank` not needed with `logits`.
+    pub hidden: u32,
+    /// Width of the router's middle.
+    pub rank: u32,
+    /// Neurons.
+    pub neurons: u32,
+    /// Of them to keep.
+    pub keep: u32,
+    /// `[rows][hidden]`
+    pub x: Ptr,
+    /// `[rank][hidden]`
+    pub down: Ptr,
+    /// `[neurons][rank]`
+    pub up: Ptr,
+    /// f32 `[rows][neurons]` instead of a router; null: there is one.
+    pub logits: Ptr,
+    /// i32: rows from this number on are padding; null: there is none.
+    pub active_rows: Ptr,
+    /// u32 `[keep up to a multiple of 8]`
+    pub index: Ptr,
+    /// u32, raised by the number of NaN scores; null: not wanted.
+    pub nan_count: Ptr,
+    /// Holds what lies between the kernels.
+    pub workspace: Workspace,
+}
+
+struct SelectionLayout {
+    narrow: Ptr,
+    z: Ptr,
+    sums: Ptr,
+    group: Ptr,
+    scores: Ptr,
+    nan_count: Ptr,
+}
+
+impl NeuronSelection {
+    fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels> {
+        count("num_rows", self.rows, MAX_ROWS)?;
+        width("num_neurons", self.neurons)?;
+        count("keep", self.keep, self.neurons)?;
+        if self.logits == Ptr::NULL {
+            width("hidden_size", self.hidden)?;
+            width("rank", self.rank)?;
+        }
+        let k = ops.rows(self.dtype)?;
+        if !k.neurons_fit(self.neurons) {
+            return Err(Error::unsupported(format!(
+                "num_neurons is {}: too many for the shared memory of this device",
+                self.neurons
+            )));
+        }
+        Ok(k)
+    }
+
+    fn layout(&self, k: &Kernels, p: &mut Places) -> SelectionLayout {
+        let (mut narrow, mut z, mut sums) = (0, 0, 0);
+        if self.logits == Ptr::NULL {
+            narrow = sum_floats(k.linear(self.rows, self.rank, self.hidden).1, self.rows, self.rank);
+            z = self.rows as usize * self.rank as usize;
+            if self.rows > SKINNY_ROWS {
+                sums = sum_floats(k.linear(self.rows, self.neurons, self.rank).1, self.rows, self.neurons);
+            }
+        }
+        SelectionLayout {
+            narrow: p.take(narrow, 4),
+            z: p.take(z, 2),
+            sums: p.take(sums, 4),
+            group: p.take(self.rows as usize, 4),
+            scores: p.take(self.neurons as usize, 4),
+            nan_count: p.take(1, 4),
+        }
+    }
+
+    fn bytes(&self, k: &Kernels) -> u64 {
+        let mut p = Places::from(Ptr::NULL);
+        self.layout(k, &mut p);
+        p.used()
+    }
+}
+
+/// `y = relu(x up^T + up_bias) down + down_bias`, of all neurons or of listed ones.
+#[derive(Clone, Copy, Debug)]
+pub struct Mlp {
+    /// Of x, the weights and the output.
+    pub dtype: DType,
+    /// Rows of the batch.
+    pub rows: u32,
+    /// Width of x and of the output.
+    pub hidden: u32,
+    /// Neurons.
+    pub neurons: u32,
+    /// Of them in `index`.
+    pub keep: u32,
+    /// `[rows][hidden]`
+    pub x: Ptr,
+    /// `[neurons][hidden]`
+    pub up: Ptr,
+    /// `[neurons]`; null: none.
+    pub up_bias: Ptr,
+    /// `[neurons][hidden]`
+    pub down: Ptr,
+    /// `[hidden]`; null: none.
+    pub down_bias: Ptr,
+    /// u32 `[keep up to a multiple of 8]`; null: all neurons.
+    pub index: Ptr,
+    /// `[rows][hidden]`
+    pub out: Ptr,
+    /// Holds what lies between the kernels.
+    pub workspace: Workspace,
+}
+
+struct MlpLayout {
+    sums: Ptr,
+    y: Ptr,
+    delta: Ptr,
+}
+
+impl Mlp {
+    fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels> {
+        count("num_rows", self.rows, MAX_ROWS)?;
+        width("hidden_size", self.hidden)?;
+        width("num_neurons", self.neurons)?;
+        if self.index != Ptr::NULL {
+            count("keep", self.keep, self.neurons)?;
+            if self.rows > SKINNY_ROWS {
+                return Err(Error::limit(format!(
+                    "num_rows is {}: products of listed neurons take at most {SKINNY_ROWS}",
+                    self.rows
+                )));
+            }
+        }
+        ops.rows(self.dtype)
+    }
+
+    /// Neurons that the products run, filled up with repetitions that count nothing.
+    fn run(&self) -> u32 {
+        if self.index == Ptr::NULL { self.neurons } else { self.keep.next_multiple_of(8).min(MAX_WIDTH) }
+    }
+
+    /// The first product's launch and parts: listed neurons are known before it starts.
+    fn first(&self, k: &Kernels) -> (Launch, u32) {
+        let (rows, n, d) = (self.rows, self.run(), self.hidden);
+        if self.index == Ptr::NULL { k.linear(rows, n, d) } else { k.linear_up(rows, n, d) }
+    }
+
+    /// Whether the second product makes its own input from the first one's sums.
+    fn made(&self) -> bool {
+        self.index != Ptr::NULL && self.rows <= MADE_ROWS
+    }
+
+    /// The second product's launch and parts.
+    fn second(&self, k: &Kernels) -> (Launch, u32) {
+        let (n, run) = (self.hidden, self.run());
+        if self.made() { k.mlp_down(n, run) } else { k.linear_transposed(self.rows, n, run) }
+    }
+
+    fn layout(&self, k: &Kernels, p: &mut Places) -> MlpLayout {
+        let run = self.run();
+        let first = sum_floats(self.first(k).1, self.rows, run);
+        let second = sum_floats(self.second(k).1, self.rows, self.hidden);
+        let y = if self.made() { 0 } else { self.rows as usize * run as usize };
+        MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
+    }
+
+    fn bytes(&self, k: &Kernels) -> u64 {
+        let mut p = Places::from(Ptr::NULL);
+        self.layout(k, &mut p);
+        p.used()
+    }
+}
+
+fn sum_floats(splits: u32, rows: u32, columns: u32) -> usize {
+    splits as usize * rows as usize * columns as usize
+}
+
+impl Ops {
+    /// Bytes of workspace that `op` needs.
+    pub fn neuron_selection_workspace(&self, op: &NeuronSelection) -> Result<u64> {
+        Ok(op.bytes(op.kernels(self)?))
+    }
+
+    /// Selects.
+    pub fn neuron_selection(&self, op: &NeuronSelection, launcher: &dyn Launcher) -> Result<()> {
+        let k = op.kernels(self)?;
+        pointer("index", op.index, 16)?;
+        optional("active_rows", op.active_rows, 4)?;
+        optional("nan_count", op.nan_count, 4)?;
+        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let queue = Queue::new(launcher);
+        let mark = MarkParams { active: op.active_rows, group: l.group, rows: op.rows };
+        let mut params = NeuronParams {
+            scores: l.scores,
+            group: l.group,
+            index: op.index,
+            nan_count: if op.nan_count == Ptr::NULL { l.nan_count } else { op.nan_count },
+            rows: op.rows,
+            n: op.neurons,
+            keep0: op.keep,
+            ..Default::default()
+        };
+        if op.logits != Ptr::NULL {
+            pointer("logits", op.logits, 16)?;
+            queue.go(&k.mark_rows(), &mark)?;
+            params.logits = Partial { data: op.logits, splits: 1, columns: op.neurons };
+            queue.go(&k.neuron_scores(1, op.neurons), &params)?;
+            return queue.go(&k.select_neurons(1, op.neurons), &params);
+        }
+        for (name, at) in [("x", op.x), ("router_down", op.down), ("router_up", op.up)] {
+            pointer(name, at, 16)?;
+        }
+        queue.go(&k.mark_rows(), &mark)?;
+        queue.settle();
+        let narrow = product(&queue, k, (op.x, op.down), (op.rows, op.rank, op.hidden), l.narrow)?;
+        let z = ActivateParams {
+            input: narrow,
+            out: l.z,
+            rows: op.rows,
+            n: op.rank,
+            valid: op.rank,
+            kind: NO_ACTIVATION,
+            ..Default::default()
+        };
+        queue.go(&k.activate(op.rows, op.rank), &z)?;
+        if op.rows <= SKINNY_ROWS {
+            let scores = RouterParams {
+                z: l.z,
+                w: op.up,
+                scores: l.scores,
+                group: l.group,
+                rows: op.rows,
+                n: op.neurons,
+                rank: op.rank,
+                first_group: 0,
+            };
+            queue.go(&k.router_scores(op.rows, op.neurons), &scores)?;
+        } else {
+            params.logits = product(&queue, k, (l.z, op.up), (op.rows, op.neurons, op.rank), l.sums)?;
+            queue.go(&k.neuron_scores(1, op.neurons), &params)?;
+        }
+        queue.go(&k.select_neurons(1, op.neurons), &params)
+    }
+
+    /// Bytes of workspace that `op` needs.
+    pub fn mlp_workspace(&self, op: &Mlp) -> Result<u64> {
+        Ok(op.bytes(op.kernels(self)?))
+    }
+
+    /// Runs the MLP.
+    pub fn mlp(&self, op: &Mlp, launcher: &dyn Launcher) -> Result<()> {
+        let k = op.kernels(self)?;
+        for (name, at) in [("x", op.x), ("up", op.up), ("down", op.down), ("out", op.out)] {
+            pointer(name, at, 16)?;
+        }
+        optional("index", op.index, 16)?;
+        optional("up_bias", op.up_bias, 2)?;
+        optional("down_bias", op.down_bias, 8)?;
+        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let (queue, run) = (Queue::new(launcher), op.run());
+        let (launch, splits) = op.first(k);
+        let up = LinearParams {
+            x: op.x,
+            w: op.up,
+            index: op.index,
+            out: l.sums,
+            rows: op.rows,
+            n: run,
+            k: op.hidden,
+            splits,
+            ..Default::default()
+        };
+        queue.go(&launch, &up)?;
+        let first = Partial { data: l.sums, splits, columns: run };
+        let (launch, splits) = op.second(k);
+        if op.made() {
+            let down = DownParams {
+                up: first,
+                up_bias: op.up_bias,
+                w: op.down,
+                index: op.index,
+                out: l.delta,
+                rows: op.rows,
+                n: op.hidden,
+                k: run,
+                valid: op.keep,
+                splits,
+            };
+            queue.go(&launch, &down)?;
+        } else {
+            let activation = ActivateParams {
+                input: first,
+                up_bias: op.up_bias,
+                index: op.index,
+                out: l.y,
+                rows: op.rows,
+                n: run,
+                valid: if op.index == Ptr::NULL { run } else { op.keep },
+                ..Default::default()
+            };
+            queue.go(&k.activate(op.rows, run), &activation)?;
+            let down = LinearParams {
+                x: l.y,
+                w: op.down,
+                index: op.index,
+                out: l.delta,
+                rows: op.rows,
+                n: op.hidden,
+                k: run,
+                splits,
+                ..Default::default()
+            };
+            queue.go(&launch, &down)?;
+        }
+        let sum = ActivateParams {
+            input: Partial { data: l.delta, splits, columns: op.hidden },
+            up_bias: op.down_bias,
+            out: op.out,
+            rows: op.rows,
+            n: op.hidden,
+            valid: op.hidden,
+            kind: NO_ACTIVATION,
+            ..Default::default()
+        };
+        queue.go(&k.activate(op.rows, op.hidden), &sum)
+    }
+}
+
+/// `x` times a matrix stored `[n, k]`, sums to `out`.
+fn product(
+    queue: &Queue<'_>,
+    kernels: &Kernels,
+    (x, w): (Ptr, Ptr),
+    (rows, n, k): (u32, u32, u32),
+    out: Ptr,
+) -> Result<Partial> {
+    let (launch, splits) = kernels.linear(rows, n, k);
+    queue.go(&launch, &LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })?;
+    Ok(Partial { data: out, splits, columns: n })
+}
