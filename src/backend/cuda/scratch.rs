@@ -231,7 +231,7 @@ fn places(
         parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
-        tables: p.take(tables::bytes(limits, s.layers, k.tile_tokens()) as usize, 1),
+        tables: p.take(tables::bytes(limits, s.layers, k.tile_tokens(TileSize::Small)) as usize, 1),
     }
 }
 
