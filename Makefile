@@ -5,7 +5,8 @@
 # make test     everything CI runs
 # make install  PREFIX=/usr/local LIBDIR=$(PREFIX)/lib DESTDIR=
 # make lint     formatting and clippy
-# make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp
+# make bench    speed of this machine: benches/results/cpu.jsonl; RIVAL= without llama.cpp,
+#               TORCH=1 with PyTorch too (4.9 GB)
 # make bench-gpu  kernels and steps on a GPU: benches/results/<gpu>.jsonl; ARGS= names parts
 # make quality  perplexity of the trained models by density: fixtures/quality.md
 # make header   write include/polar_sparsity.h and the ABI lists anew
@@ -83,17 +84,21 @@ install: $(RELEASE)/libpolar_sparsity.so
 $(RELEASE)/libpolar_sparsity.so:
 	$(MAKE) build
 
-# The rival is fetched from PyPI and built once, in target/rivals; RIVAL= leaves it out.
+# Rivals are fetched from PyPI once, into target/rivals; RIVAL= leaves llama.cpp out, TORCH=1 adds
+# PyTorch.
 RIVAL ?= 1
+TORCH ?=
 RIVALS := $(TARGET)/rivals
 bench:
-	$(CARGO) build --release --locked --bench cpu
+	$(CARGO) build --release --locked --no-default-features --bench cpu
 	@if [ -n "$(RIVAL)" ]; then \
 	  tools/rivals/llama_cpp.sh $(RIVALS) && \
 	  $(RIVALS)/venv/bin/python tools/rivals/make_gguf.py $(RIVALS)/gguf; \
 	fi
-	$(CARGO) bench --locked --bench cpu -- --out $(CURDIR)/benches/results/cpu.jsonl \
-	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf)
+	$(if $(TORCH),tools/rivals/torch.sh $(RIVALS))
+	$(CARGO) bench --locked --no-default-features --bench cpu -- --out $(CURDIR)/benches/results/cpu.jsonl \
+	  $(if $(RIVAL),--rival $(abspath $(RIVALS))/llama.cpp-build/bin/llama-bench --gguf $(abspath $(RIVALS))/gguf) \
+	  $(if $(TORCH),--torch $(abspath $(RIVALS))/torch-venv/bin/python)
 
 # Kernels and whole steps on the first GPU: benches/results/h200.jsonl, or as the GPU is called.
 # ARGS="attention steps llama-3.1-8b --append" for parts.

@@ -1,9 +1,10 @@
 //! The CPU benchmark: `make bench`. Writes one JSON object a line to `benches/results/cpu.jsonl` and
 //! prints the same as a table.
 //!
-//! Options (after `--`): `--threads N`, `--models a,b`, `--rival PATH` (llama-bench and
-//! llama-batched-bench beside it, see `tools/rivals/llama_cpp.sh`), `--gguf DIR`, `--out FILE`,
-//! `--quick` (a tenth of the time, for trying).
+//! Options (after `--`): `--threads N`, `--models a,b` (`none`: rivals only), `--batches 1,8,32`,
+//! `--contexts 512,2048,8192`, `--rival PATH` (llama-bench and llama-batched-bench beside it, see
+//! `tools/rivals/llama_cpp.sh`), `--gguf DIR`, `--torch PYTHON` (see `tools/rivals/torch.sh`),
+//! `--rival-models a,b`, `--out FILE`, `--quick` (a tenth of the time, for trying).
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program that prints a table")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a benchmark stops at the first surprise")]
@@ -42,6 +43,8 @@ struct Bench {
     out: std::fs::File,
     threads: u32,
     quick: bool,
+    batches: Vec<usize>,
+    contexts: Vec<usize>,
     memory: ceiling::Ceiling,
     /// GB/s of the read stream, measured just before the present case.
     ceiling: f64,
@@ -67,7 +70,7 @@ impl Bench {
     }
 
     fn reps(&self, seconds: f64) -> usize {
-        let budget = if self.quick { 0.3 } else { 2.0 };
+        let budget = if self.quick { 0.2 } else { 0.8 };
         ((budget / seconds.max(1e-6)) as usize).clamp(3, 25)
     }
 }
@@ -82,10 +85,15 @@ fn main() {
     let path = option("--out").unwrap_or_else(|| "benches/results/cpu.jsonl".into());
     std::fs::create_dir_all(std::path::Path::new(&path).parent().unwrap()).unwrap();
     let quick = args.iter().any(|a| a == "--quick");
+    let numbers = |name: &str, default: &str| -> Vec<usize> {
+        option(name).unwrap_or_else(|| default.into()).split(',').map(|n| n.parse().unwrap()).collect()
+    };
     let mut bench = Bench {
         out: std::fs::File::create(&path).unwrap(),
         threads,
         quick,
+        batches: numbers("--batches", "1,8,32"),
+        contexts: numbers("--contexts", "512,2048,8192"),
         memory: ceiling::Ceiling::new(),
         ceiling: 0.0,
     };
@@ -94,15 +102,21 @@ fn main() {
         json!({"kind": "ceiling", "read_gbps": bench.ceiling, "threads": threads, "processor": processor()});
     bench.emit(line);
     bench.emit(host::measure(64));
-    for name in models.split(',') {
+    for name in models.split(',').filter(|&name| name != "none") {
         model(&mut bench, name);
     }
-    if let Some(rival) = option("--rival") {
+    let rival_models = option("--rival-models").unwrap_or_else(|| rival::MODELS.into());
+    let mut rivals = Vec::new();
+    if let Some(bench) = option("--rival") {
         let gguf = option("--gguf").unwrap_or_else(|| "target/rivals/gguf".into());
-        for case in rival::cases() {
-            for line in rival::compare(&case, &rival, &gguf, threads, quick) {
-                bench.emit(line);
-            }
+        rivals.push(rival::Rival::LlamaCpp { bench: bench.into(), gguf: gguf.into() });
+    }
+    if let Some(python) = option("--torch") {
+        rivals.push(rival::Rival::Torch { python: python.into() });
+    }
+    for name in rival_models.split(',').filter(|_| !rivals.is_empty()) {
+        for line in rival::compare(name, &rivals, threads, quick) {
+            bench.emit(line);
         }
     }
     let again = json!({"kind": "ceiling", "read_gbps": bench.memory.read_gbps(threads), "threads": threads, "when": "end"});
@@ -122,9 +136,9 @@ fn model(bench: &mut Bench, name: &str) {
     if name == "opt-1.3b" {
         mlp(bench, name, &rig);
     }
-    for context in [512, 2048, 8192] {
-        for batch in [1, 8, 32] {
-            let fits = rig.kv_bytes(batch, context) < rig.cpu.free_memory().unwrap() * 6 / 10;
+    for context in bench.contexts.clone() {
+        for batch in bench.batches.clone() {
+            let fits = rig.kv_bytes(batch, context) < rig.cpu.free_memory().unwrap() * 8 / 10;
             if fits && context <= rig.spec().max_positions as usize {
                 decode(bench, name, &rig, batch, context);
             }
@@ -266,7 +280,7 @@ fn prefill(bench: &mut Bench, name: &str, rig: &Rig) {
         let step = rig.prefill(tokens).unwrap();
         rig.run(&mut cache, &step).unwrap();
         let mut times: Vec<f64> =
-            (0..if bench.quick { 1 } else { 3 }).map(|_| rig.run(&mut cache, &step).unwrap()).collect();
+            (0..if bench.quick { 1 } else { 2 }).map(|_| rig.run(&mut cache, &step).unwrap()).collect();
         let seconds = median(&mut times);
         bench.emit(json!({
             "kind": "prefill", "model": name, "tokens": tokens, "tokens_s": tokens as f64 / seconds,

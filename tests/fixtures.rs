@@ -10,6 +10,7 @@ mod root;
 #[path = "../examples/support/teacher.rs"]
 mod teacher;
 
+use polar_sparsity::backend::cpu::Isa;
 use polar_sparsity::engine::{Context, ContextOptions, LoadOptions, Model, Routers};
 use polar_sparsity::sparsity::{MlpMode, Source};
 use std::path::PathBuf;
@@ -35,13 +36,17 @@ struct Fixture {
 
 impl Fixture {
     fn load(name: &'static str) -> Fixture {
+        Fixture::on(name, &ContextOptions::default(), WINDOWS)
+    }
+
+    fn on(name: &'static str, options: &ContextOptions, n: usize) -> Fixture {
         let root = root::root().join("fixtures");
         let dir = root.join(name);
-        let ctx = Context::new(&ContextOptions::default()).expect("a context");
+        let ctx = Context::new(options).expect("a context");
         let load = LoadOptions { device: device(), ..LoadOptions::default() };
         let model = Model::load(&ctx, &dir, &load, &mut |_, _| 0).expect("a model");
         let mut windows = read_windows(&root.join("test_windows.u16")).expect("windows");
-        windows.truncate(WINDOWS);
+        windows.truncate(n);
         let text = std::fs::read(root.join("reference.json")).expect("reference.json");
         let all: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
         let dense = run(&model, None, Source::Router, 1.0, MlpMode::Dense, &windows);
@@ -68,7 +73,8 @@ impl Fixture {
             None => &self.reference["dense"]["windows"],
         };
         let all = of.as_array().unwrap_or_else(|| panic!("{}: the reference has no {cell:?}", self.name));
-        all[..WINDOWS].iter().map(|x| x.as_f64().expect("a number")).sum::<f64>() / WINDOWS as f64
+        let n = self.windows.len();
+        all[..n].iter().map(|x| x.as_f64().expect("a number")).sum::<f64>() / n as f64
     }
 }
 
@@ -145,6 +151,28 @@ fn attention_gates(f: &Fixture) {
     // Density 1 through the routers' engine is the dense path.
     let whole = f.score(Some(&routers), Source::Router, 1.0, MlpMode::Dense);
     assert!(whole.iter().zip(&f.dense).all(|(a, b)| a.nll == b.nll), "{}: density 1 is not dense", f.name);
+}
+
+/// The models mean the same on every instruction set this machine has, dense and with routers.
+#[test]
+fn every_instruction_set_scores_as_the_reference() {
+    // Has nothing to do with GPUs.
+    for isa in Isa::all().filter(|_| device() == 0) {
+        for name in ["llama-tiny", "opt-tiny"] {
+            let options = ContextOptions { isa: Some(isa), ..ContextOptions::default() };
+            let f = Fixture::on(name, &options, 2);
+            let routers = f.routers("routers.safetensors");
+            let half = mean(&f.score(Some(&routers), Source::Router, 0.5, MlpMode::Dense));
+            let wanted = (f.reference(None), f.reference(Some("heads 0.5 router")));
+            for (what, got, want) in [("dense", mean(&f.dense), wanted.0), ("at 0.5", half, wanted.1)] {
+                assert!(
+                    (got - want).abs() <= 0.01,
+                    "{name} {}, {what}: {got:.4}, reference {want:.4}",
+                    isa.name()
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -265,8 +265,10 @@ fn soak(case: &str, steps: u64) {
     assert_eq!((stats.kv_pages_free, stats.health), (stats.kv_pages_total, Health::Ok));
     assert_eq!((stats.running, stats.waiting), (0, 0));
     assert!(l.cancelled > 0 && l.preempted > 0 && stats.admission_refusals > 0, "the trace is too tame");
-    // One per cent, and what an allocator keeps of a thread's arena.
-    assert!(end <= warm + warm / 100 + (1 << 20), "resident memory grew from {warm} to {end}");
+    // One per cent, and what an allocator keeps of a thread's arena; on a GPU also what the driver keeps of
+    // each recorded step, of which there are at most 64.
+    let programs = if device == 0 { 0 } else { 64 * (256 << 10) };
+    assert!(end <= warm + warm / 100 + (1 << 20) + programs, "resident memory grew from {warm} to {end}");
     assert!(free_before >= free_at_start && free_after >= free_before, "device memory is not given back");
 }
 

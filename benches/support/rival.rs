@@ -1,5 +1,5 @@
-//! llama.cpp beside us: the same shapes, dtype and threads, in turn, in one run of the benchmark.
-//! `tools/rivals/llama_cpp.sh` builds its programs, `tools/rivals/make_gguf.py` makes its models.
+//! Other engines beside us: the same shapes, dtype and threads, in turn, in one run of the benchmark.
+//! `tools/rivals` has what fetches and builds them.
 
 use super::rig::{Rig, Shape};
 use super::shapes;
@@ -9,41 +9,73 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A model both sides run. llama.cpp knows no OPT.
-pub struct Case {
-    pub model: &'static str,
+/// Models that all sides run. llama.cpp knows no OPT.
+pub const MODELS: &str = "llama-3.2-1b,qwen2.5-0.5b";
+
+/// Another engine.
+pub enum Rival {
+    /// Its program llama-bench (llama-batched-bench lies beside it), and the folder of its models.
+    LlamaCpp { bench: PathBuf, gguf: PathBuf },
+    /// A Python that has torch.
+    Torch { python: PathBuf },
 }
 
-pub fn cases() -> Vec<Case> {
-    vec![Case { model: "llama-3.2-1b" }, Case { model: "qwen2.5-0.5b" }]
-}
-
-/// Tokens per second of both, one line per kind of work.
-pub fn compare(case: &Case, bench: &str, gguf: &str, threads: u32, quick: bool) -> Vec<Value> {
-    let model = Path::new(gguf).join(format!("{}-bf16.gguf", case.model));
-    if !model.exists() {
-        return vec![
-            json!({"kind": "rival", "rival": "llama.cpp", "case": case.model, "missing": "make its gguf first"}),
-        ];
+impl Rival {
+    fn name(&self) -> &'static str {
+        match self {
+            Rival::LlamaCpp { .. } => "llama.cpp",
+            Rival::Torch { .. } => "torch",
+        }
     }
-    let rig = Rig::new(shapes::spec(case.model), threads, 0.1, WeightOptions::default()).expect("a model");
+
+    /// Tokens per second of decode at `batch`, 0 meaning a prefill of 512.
+    fn tokens_s(&self, model: &str, threads: u32, batch: usize) -> f64 {
+        match self {
+            Rival::LlamaCpp { bench, gguf } => {
+                llama_cpp(bench, &gguf.join(format!("{model}-bf16.gguf")), threads, batch)
+            }
+            Rival::Torch { python } => {
+                let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/rivals/torch_cpu.py");
+                let text = run(Command::new(python).arg(script).args([
+                    model,
+                    &threads.to_string(),
+                    &batch.to_string(),
+                ]));
+                serde_json::from_str::<Value>(&text).expect("JSON")["tokens_s"].as_f64().expect("tokens_s")
+            }
+        }
+    }
+}
+
+/// Tokens per second of all, one line per rival and kind of work.
+pub fn compare(model: &str, rivals: &[Rival], threads: u32, quick: bool) -> Vec<Value> {
+    let rig = Rig::new(shapes::spec(model), threads, 0.1, WeightOptions::default()).expect("a model");
     let rounds = if quick { 1 } else { 3 };
     let mut lines = Vec::new();
     for (name, batch) in [("decode batch 1", 1), ("decode batch 8", 8), ("prefill 512", 0)] {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut ours = Vec::new();
+        let mut theirs = vec![Vec::new(); rivals.len()];
         for _ in 0..rounds {
-            theirs.push(rival(bench, &model, threads, batch));
+            for (times, rival) in theirs.iter_mut().zip(rivals) {
+                times.push(rival.tokens_s(model, threads, batch));
+            }
             ours.push(if batch == 0 { our_prefill(&rig) } else { our_decode(&rig, batch) });
         }
-        ours.sort_by(f64::total_cmp);
-        theirs.sort_by(f64::total_cmp);
-        let (a, b) = (ours[rounds / 2], theirs[rounds / 2]);
-        lines.push(json!({
-            "kind": "rival", "rival": "llama.cpp", "case": format!("{} bf16 {name}", case.model),
-            "threads": threads, "ours_tokens_s": a, "rival_tokens_s": b, "ratio": a / b,
-        }));
+        let a = median(&mut ours);
+        for (times, rival) in theirs.iter_mut().zip(rivals) {
+            let b = median(times);
+            lines.push(json!({
+                "kind": "rival", "rival": rival.name(), "case": format!("{model} bf16 {name}"),
+                "threads": threads, "ours_tokens_s": a, "rival_tokens_s": b, "ratio": a / b,
+            }));
+        }
     }
     lines
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// 32 tokens from a context of 32 on, as the rival's own benchmarks do.
@@ -64,7 +96,7 @@ fn our_prefill(rig: &Rig) -> f64 {
     1024.0 / seconds
 }
 
-fn rival(bench: &str, model: &Path, threads: u32, batch: usize) -> f64 {
+fn llama_cpp(bench: &Path, model: &Path, threads: u32, batch: usize) -> f64 {
     let threads = threads.to_string();
     let model = model.to_str().expect("a path in UTF-8");
     if batch <= 1 {
@@ -74,7 +106,7 @@ fn rival(bench: &str, model: &Path, threads: u32, batch: usize) -> f64 {
         let rows: Value = serde_json::from_str(&text).expect("JSON from llama-bench");
         return rows[0]["avg_ts"].as_f64().expect("avg_ts");
     }
-    let batched: PathBuf = Path::new(bench).with_file_name("llama-batched-bench");
+    let batched: PathBuf = bench.with_file_name("llama-batched-bench");
     let b = batch.to_string();
     let text = run(Command::new(batched).args([
         "-m",

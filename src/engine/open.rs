@@ -4,7 +4,7 @@ use super::events::EventSink;
 use super::gpu;
 use super::on::{EngineOn, Estimate, ModelOn, RoutersOn};
 use super::types::{Delivered, EngineOptions, Request, SeqId, Stats};
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, Isa};
 use crate::backend::{Backend, WeightOptions};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -33,6 +33,8 @@ pub struct ContextOptions {
     pub backend: BackendChoice,
     /// Threads of the CPU backend, the caller's included; 0 = all cores.
     pub threads: u32,
+    /// Instruction set of the CPU backend; `None` = the best this machine has. For tests.
+    pub isa: Option<Isa>,
     /// What files may ask for.
     pub limits: FileLimits,
 }
@@ -74,7 +76,7 @@ impl Context {
             gpu::count()?;
         }
         Ok(Context {
-            cpu: Arc::new(Cpu::new(options.threads as usize)?),
+            cpu: Arc::new(Cpu::with_isa(options.isa.unwrap_or_else(Isa::best), options.threads as usize)?),
             limits: options.limits.clone(),
             choice: options.backend,
             #[cfg(feature = "cuda")]

@@ -126,7 +126,8 @@ pub const POLAR_MLP_DENSE: polar_mlp_mode = 1;
 /// The paper's rule: one list of neurons for all sequences of the step in this mode, so a request's
 /// result depends on its neighbours.
 pub const POLAR_MLP_REFERENCE: polar_mlp_mode = 2;
-/// Each sequence uses only its own neurons: the same bits alone and in any batch.
+/// Each sequence uses only its own neurons, whatever else is in the batch; on the CPU also the same bits
+/// alone and in any batch, on a GPU the same up to rounding.
 pub const POLAR_MLP_BATCH_INVARIANT: polar_mlp_mode = 3;
 
 /// Where selections of attention heads come from.

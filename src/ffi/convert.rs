@@ -37,6 +37,7 @@ pub(super) fn context_options(o: &polar_context_options) -> Result<ContextOption
             other => return Err(unknown("backend", other)),
         },
         threads: o.threads,
+        isa: None,
         limits: Limits {
             max_file_bytes: or(o.max_file_bytes, defaults.max_file_bytes),
             max_header_bytes: or(o.max_header_bytes, defaults.max_header_bytes),

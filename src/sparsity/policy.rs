@@ -24,7 +24,7 @@ pub enum MlpMode {
     /// The paper's rule: the top `K_l(B)` of the batch's summed positive logits, one list for all
     /// `B` sequences in this mode. Couples them.
     Reference,
-    /// The sequence's own top `K_l(1)`; the same bits alone and in any batch.
+    /// The sequence's own top `K_l(1)`, whatever else is in the batch; on the CPU also the same bits.
     Invariant,
 }
 

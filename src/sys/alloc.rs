@@ -14,7 +14,7 @@ use std::ptr::NonNull;
 /// Alignment of every buffer.
 pub const ALIGN: usize = 64;
 /// From this size on a buffer is mapped on its own, in huge pages where the system has them.
-const BIG: usize = 2 << 20;
+const BIG: usize = 1 << 20;
 const HUGE: usize = 2 << 20;
 
 /// A plain number: any bytes are a value, and all zero bytes are zero.

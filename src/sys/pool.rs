@@ -3,8 +3,11 @@
 //! A job is open while the caller works on it; workers join it if they are awake in time, and the
 //! caller waits only for those that joined. A worker the system does not run therefore costs
 //! speed, never progress: with more threads than cores, or in a forked child, work still ends.
+//! Each thread begins with a run of neighbouring tasks of its own, so that it walks through memory in
+//! order, and takes others' last tasks when it has none left.
 //! Workers spin for a short while between jobs and then sleep. A job allocates nothing.
 
+use super::ahead::Ahead;
 use super::split::Split;
 use crate::error::{Error, Result, Status, try_with_capacity};
 use std::any::Any;
@@ -32,14 +35,41 @@ type Task = dyn Fn(usize, usize) + Sync;
 #[derive(Clone, Copy)]
 struct Job {
     task: *const Task,
-    n: usize,
+    ahead: Ahead,
+}
+
+/// The tasks of one thread's share of a job that nobody took yet: the first one in the upper half,
+/// one past the last in the lower. Its owner takes from the front, so that it walks through memory
+/// in order and finds what it asked for ahead; who has nothing left takes from the back.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, first: usize, end: usize) {
+        self.0.store((first as u64) << 32 | end as u64, Ordering::Relaxed);
+    }
+
+    fn take(&self, own: bool) -> Option<usize> {
+        let mut now = self.0.load(Ordering::Relaxed);
+        loop {
+            let (first, end) = (now >> 32, now & u64::from(u32::MAX));
+            if first >= end {
+                return None;
+            }
+            let (left, task) = if own { (now + (1 << 32), first) } else { (now - 1, end - 1) };
+            match self.0.compare_exchange_weak(now, left, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(task as usize),
+                Err(other) => now = other,
+            }
+        }
+    }
 }
 
 struct Shared {
     /// Job number, [`OPEN`], workers inside.
     state: AtomicU64,
-    /// Next task of the open job.
-    next: AtomicUsize,
+    /// One per thread.
+    shares: Vec<Share>,
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     sleeping: AtomicUsize,
@@ -72,9 +102,11 @@ impl Pool {
         if threads > MAX_THREADS {
             return Err(Error::invalid(format!("threads is {threads}, at most {MAX_THREADS} allowed")));
         }
+        let mut shares = try_with_capacity(threads, "thread pool")?;
+        shares.extend((0..threads).map(|_| Share(AtomicU64::new(0))));
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            shares,
             job: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
             sleeping: AtomicUsize::new(0),
@@ -114,30 +146,36 @@ impl Pool {
         }
     }
 
-    /// Calls `task(worker, index)` once for every index below `n`. A panic in any of them is
-    /// raised again here, once all have ended. A task must not call the pool it runs on.
-    pub fn run(&self, n: usize, task: &(dyn Fn(usize, usize) + Sync)) {
+    /// Calls `task(worker, index)` once for every index below `n`, which is below 2^32. A panic in
+    /// any of them is raised again here, once all have ended. A task must not call the pool it runs
+    /// on. Threads that find no task left fetch what `ahead` says the next job reads.
+    pub fn run(&self, n: usize, ahead: Ahead, task: &(dyn Fn(usize, usize) + Sync)) {
         if n <= 1 || self.workers.is_empty() {
             (0..n).for_each(|i| task(0, i));
             return;
         }
+        assert!(u32::try_from(n).is_ok(), "{n} tasks");
         let turn = lock(&self.turn);
         let shared = &*self.shared;
         // SAFETY: erases the lifetime; nobody uses the pointer after `leave` below, which runs
         // before `task` goes out of scope, whether a task panics or not.
         let task: &'static Task = unsafe { std::mem::transmute(task) };
+        let opened = Job { task, ahead };
         // SAFETY: no job is open and nobody is inside one: the previous call waited for that, and
         // this one holds the turn.
-        unsafe { *shared.job.get() = Some(Job { task, n }) };
-        shared.next.store(0, Ordering::Relaxed);
+        unsafe { *shared.job.get() = Some(opened) };
+        let threads = self.threads();
+        for (i, share) in shared.shares.iter().enumerate() {
+            share.set(n * i / threads, n * (i + 1) / threads);
+        }
         let job = shared.state.load(Ordering::Relaxed) / NEXT_JOB + 1;
         shared.state.store((job * NEXT_JOB) | OPEN, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             let _door = lock(&shared.door);
             shared.bell.notify_all();
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| shared.work(0, Job { task, n })));
-        shared.leave();
+        let mine = catch_unwind(AssertUnwindSafe(|| shared.work(0, opened)));
+        shared.leave(ahead);
         let theirs = lock(&shared.panic).take();
         drop(turn);
         if let Some(payload) = mine.err().or(theirs) {
@@ -151,11 +189,12 @@ impl Pool {
         &self,
         parts: P,
         locals: &mut [L],
+        ahead: Ahead,
         task: impl Fn(&mut L, P::Part, usize) + Sync,
     ) {
         assert!(locals.len() >= self.threads(), "{} locals, {} threads", locals.len(), self.threads());
         let locals = Locals(locals.as_mut_ptr());
-        self.run(parts.tasks(), &|worker, i| {
+        self.run(parts.tasks(), ahead, &|worker, i| {
             // SAFETY: a worker index belongs to one thread during a job and is below
             // `threads()`; each task index comes once, so its part does too.
             let (local, part) = unsafe { (&mut *locals.at(worker), parts.part(i)) };
@@ -173,7 +212,7 @@ impl Pool {
 
     /// Runs `task` on every part of `parts`.
     pub fn each<P: Split>(&self, parts: P, task: impl Fn(P::Part, usize) + Sync) {
-        self.run(parts.tasks(), &|_, i| {
+        self.run(parts.tasks(), Ahead::NOTHING, &|_, i| {
             // SAFETY: each task index comes once.
             let part = unsafe { parts.part(i) };
             task(part, i);
@@ -225,6 +264,11 @@ impl Shared {
                             *lock(&self.panic) = Some(payload);
                         }
                         self.state.fetch_sub(1, Ordering::Release);
+                        if let Some(job) = job {
+                            let mut fetch = job.ahead.of(worker, self.shares.len());
+                            // Until the next job opens: `state` then has another number.
+                            while self.state.load(Ordering::Relaxed) / NEXT_JOB == done && fetch.some() {}
+                        }
                         break;
                     }
                     Err(now) => state = now,
@@ -235,29 +279,33 @@ impl Shared {
 
     /// Takes tasks until none is left. After a panic the rest is not started.
     fn work(&self, worker: usize, job: Job) {
-        struct Rest<'a>(&'a AtomicUsize, usize);
+        struct Rest<'a>(&'a [Share]);
         impl Drop for Rest<'_> {
             fn drop(&mut self) {
-                self.0.fetch_max(self.1, Ordering::Relaxed);
+                self.0.iter().for_each(|share| share.set(0, 0));
             }
         }
-        let _rest = Rest(&self.next, job.n);
+        let rest = Rest(&self.shares);
         // SAFETY: valid while this thread is inside the job.
         let task = unsafe { &*job.task };
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= job.n {
-                return;
+        let (before, from) = self.shares.split_at(worker);
+        for (i, share) in from.iter().chain(before).enumerate() {
+            while let Some(index) = share.take(i == 0) {
+                task(worker, index);
             }
-            task(worker, i);
         }
+        std::mem::forget(rest);
     }
 
     /// Closes the job and waits for the workers inside.
-    fn leave(&self) {
+    fn leave(&self, ahead: Ahead) {
         self.state.fetch_and(!OPEN, Ordering::SeqCst);
         let mut spins = 0u32;
+        let mut fetch = ahead.of(0, self.shares.len());
         while self.state.load(Ordering::Acquire) & INSIDE != 0 {
+            if fetch.some() {
+                continue;
+            }
             spins += 1;
             if self.crowded || spins > 20_000 {
                 std::thread::yield_now();
@@ -340,7 +388,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
             pool.wake();
             let sum = AtomicUsize::new(0);
-            pool.run(100, &|_, i| {
+            pool.run(100, Ahead::NOTHING, &|_, i| {
                 sum.fetch_add(i, Ordering::Relaxed);
             });
             assert_eq!(sum.into_inner(), 4950);
@@ -352,14 +400,14 @@ mod tests {
         let pool = Pool::new(4).unwrap();
         for bad in 0..40 {
             let caught = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(40, &|_, i| {
+                pool.run(40, Ahead::NOTHING, &|_, i| {
                     std::thread::yield_now();
                     assert_ne!(i, bad, "on purpose");
                 });
             }));
             assert!(caught.is_err());
             let count = AtomicUsize::new(0);
-            pool.run(10, &|_, _| {
+            pool.run(10, Ahead::NOTHING, &|_, _| {
                 count.fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(count.into_inner(), 10);
@@ -375,7 +423,9 @@ mod tests {
                     for _ in 0..200 {
                         let mut locals = [0u64; 2];
                         let mut parts = vec![1u64; 64];
-                        pool.split(Chunks::new(&mut parts, 1), &mut locals, |l, p, _| *l += p[0]);
+                        pool.split(Chunks::new(&mut parts, 1), &mut locals, Ahead::NOTHING, |l, p, _| {
+                            *l += p[0]
+                        });
                         assert_eq!(locals.iter().sum::<u64>(), 64);
                     }
                 });

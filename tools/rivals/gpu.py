@@ -4,7 +4,8 @@
     tools/rivals/gpu.py --results benches/results/h200.jsonl [--reference FOLDER] [part ...]
 
 Run it right after `bench-gpu`, on the same machine: the read stream is taken from its record, and the
-records are added to its file. Parts (none: all): attention, products, selective, steps.
+records are added to its file. Parts (none: all): attention, products, selective, steps, flashinfer (last:
+its kernels are compiled first, for a minute or more).
 
 Rivals: PyTorch's scaled_dot_product_attention on contiguous KV and cuBLAS through torch; FlashInfer's
 paged decode if it can be imported (it compiles its kernels on first use); the Triton kernels of the
@@ -99,7 +100,7 @@ def free():
 def near(got, want, what):
     error = ((got.float() - want.float()).norm() / want.float().norm()).item()
     if not error < 2e-2:
-        raise RuntimeError(f"{what}: differs from SDPA by {error:.3f}")
+        raise RuntimeError(f"{what}: differs by {error:.3f} of the norm")
 
 
 def sdpa(q, k, v):
@@ -118,6 +119,8 @@ def attention_case(results, flashinfer, reference, heads, kv_heads, batch, conte
     if copies * needed * 1.1 + (2 << 30) > free():
         return
     q = torch.randn(batch, heads, HEAD, device=DEVICE, dtype=torch.bfloat16)
+    if flashinfer:
+        return paged(results, flashinfer, case, q, lengths, copies, needed)
     if not ragged:
         k, v = torch.randn(2, copies, batch, kv_heads, context, HEAD, device=DEVICE, dtype=torch.bfloat16)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -129,8 +132,6 @@ def attention_case(results, flashinfer, reference, heads, kv_heads, batch, conte
                 continue
             results.add(rival="sdpa", backend=backend.name.lower(), **case, density=1.0, us=round(us, 3), bytes=needed)
         del k, v
-    if flashinfer:
-        paged(results, flashinfer, case, q, lengths, copies, needed)
     if reference:
         for density in densities:
             triton_kernels(results, reference, case, lengths, density)
@@ -186,24 +187,28 @@ def triton_kernels(results, reference, case, lengths, density):
 
 
 def attention(results, options):
-    flashinfer, reference = load_flashinfer(), None
+    reference = None
     if options.reference:
         sys.path.insert(0, str(options.reference))
         from HybridTensor.triton.attn_interface import flash_attn_with_kvcache_triton as reference
+    attention_cases(results, None, reference)
+
+
+def flashinfer(results, _):
+    try:
+        import flashinfer as rival
+    except ImportError as error:
+        print(f"no FlashInfer: {error}")
+        return
+    attention_cases(results, rival, None)
+
+
+def attention_cases(results, flashinfer, reference):
     for heads, kv_heads, densities in ((32, 8, (1.0, 0.625, 0.5)), (32, 32, (1.0, 0.5, 0.3))):
         for batch, context in ((1, 2048), (1, 32768), (8, 2048), (64, 2048), (64, 8192)):
             attention_case(results, flashinfer, reference, heads, kv_heads, batch, context, densities, False)
         for batch in (32, 64, 128):
             attention_case(results, flashinfer, None, heads, kv_heads, batch, 2048, densities, True)
-
-
-def load_flashinfer():
-    try:
-        import flashinfer
-    except ImportError as error:
-        print(f"no FlashInfer: {error}")
-        return None
-    return flashinfer
 
 
 def products(results, _):
@@ -237,7 +242,8 @@ def selective(results, options):
             index = torch.randperm(ffn, device=DEVICE)[:kept].sort().values
             x = torch.randn(rows, d, device=DEVICE, dtype=torch.float16)
             z = torch.randn(rows, kept, device=DEVICE, dtype=torch.float16)
-            near(gather_matmul_col(x, up[0], index), x @ up[0][index].T, "reference up")
+            # Its up product always applies ReLU.
+            near(gather_matmul_col(x, up[0], index), (x @ up[0][index].T).relu(), "reference up")
             near(gather_matmul_row(z, down[0], index), z @ down[0][index], "reference down")
             case = dict(rows=rows, bytes=kept * d * 2)
             us = timed(copies, lambda i: gather_matmul_col(x, up[i], index))
@@ -347,7 +353,8 @@ def steps(results, options):
         free()
 
 
-PARTS = {"attention": attention, "products": products, "selective": selective, "steps": steps}
+PARTS = {"attention": attention, "products": products, "selective": selective, "steps": steps,
+         "flashinfer": flashinfer}
 
 
 def main():

@@ -4,7 +4,8 @@
 //! same last page, so each row adds exactly the pages it would add alone, in ascending order.
 
 use super::kv::{CpuKv, KvLayer, write_bf16, write_f16, write_f32};
-use super::load::{CpuWeights, NormWeights};
+use super::load::{CpuWeights, Layer, NormWeights};
+use super::parts::{Cut, PART_PAGES, State, cuts_of, state_size};
 use super::product::{Act, Cx, Into, product};
 use super::scratch::{ActBuf, CpuScratch, Local, Unit};
 use super::simd::{self, Acts, KvPiece, Pick, Queries, attend_page};
@@ -13,9 +14,11 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::model::{ModelSpec, Norm};
 use crate::sparsity::{Site, Source};
+use crate::sys::ahead::Ahead;
 use crate::sys::alloc::{Buf, Pod};
 use crate::sys::pool::Pool;
 use crate::sys::split::{Band, Block, Chunks, Grid};
+use std::ops::Range;
 
 /// Work below which waking workers costs more than it saves.
 const SERIAL_ROWS: usize = 2;
@@ -84,7 +87,8 @@ pub(super) fn project(
     norm_rows(cx, &w.spec, &lw.attn_norm, (&s.x, s.hidden_stride), n, (&mut s.h, &mut s.h_acts));
     let x = CpuScratch::normed(&s.h, &s.h_acts, s.hidden_stride);
     let rows = Pick::Range(0, n);
-    product(cx, &mut s.locals, x, rows, lw.qkv.parts(), Into::Store, (&mut s.qkv, s.qkv_width));
+    let to_o = cx.before(&[&lw.o.mat]);
+    product(to_o, &mut s.locals, x, rows, lw.qkv.parts(), Into::Store, (&mut s.qkv, s.qkv_width));
     let dims = kv.shape.dims;
     let heads = Heads {
         step,
@@ -229,8 +233,8 @@ pub(super) fn attend(
     let oracle = live == Live::Selected && step.plan.source == Source::Oracle;
     // The oracle computes every head, and cuts afterwards.
     let selected = live == Live::Selected && !oracle;
-    let CpuScratch { locals, q32, q16, attn, bands, units, select, .. } = s;
-    let pass = Pass {
+    let CpuScratch { locals, q32, q16, attn, bands, units, select, cuts, states, .. } = s;
+    let mut pass = Pass {
         cx,
         spec: &w.spec,
         step,
@@ -240,21 +244,35 @@ pub(super) fn attend(
         bands,
         units,
         live: selected.then_some(&select.live),
+        cuts: &[],
+        states: &[],
     };
+    let size = state_size(w.spec.group() as usize, pass.dims);
+    pass.cut(cuts, states.len() / size);
+    if !cuts.is_empty() {
+        let parts = Chunks::new(&mut states[..cuts.len() * size], size);
+        cx.pool.split(parts, locals, Ahead::NOTHING, |l, state, i| pass.part(l, state, cuts[i]));
+        (pass.cuts, pass.states) = (cuts, states);
+    }
+    let ahead = cx.before(&[&w.layers[layer].o.mat]).ahead;
     let (width, block) = (w.spec.q_size(), (w.spec.group() * w.spec.head_dim) as usize);
     let stride = attn.stride;
     if attn.is_bf16() {
         let out = Grid::bands(&mut attn.bf16[..n * stride], stride, width, block, bands)?;
-        cx.pool.split(out, locals, |l, b, i| pass.unit::<u16>(l, b, i));
+        cx.pool.split(out, locals, ahead, |l, b, i| pass.unit::<u16>(l, b, i));
     } else {
         let out = Grid::bands(&mut attn.f32[..n * stride], stride, width, block, bands)?;
-        cx.pool.split(out, locals, |l, b, i| pass.unit::<f32>(l, b, i));
+        cx.pool.split(out, locals, ahead, |l, b, i| pass.unit::<f32>(l, b, i));
     }
     count(w, kv, s, step, selected);
     if oracle {
         cut_to_best(&w.spec, s, step, layer);
     }
-    let o = &w.layers[layer].o;
+    let Layer { o, gate, up, .. } = &w.layers[layer];
+    let cx = match gate {
+        Some(gate) => cx.before(&[&gate.mat, &up.mat]),
+        None => cx.before(&[&up.mat]),
+    };
     let rows = Pick::Range(0, n);
     product(cx, &mut s.locals, s.attn.acts(), rows, o.parts(), Into::Add, (&mut s.x, s.hidden_stride));
     Ok(())
@@ -272,63 +290,131 @@ struct Pass<'a> {
     units: &'a [Unit],
     /// `[decode row][kv head]`, when some are left out.
     live: Option<&'a Vec<bool>>,
+    /// Parts that were computed before the units, and what they saw.
+    cuts: &'a [Cut],
+    states: &'a [f32],
 }
 
 impl Pass<'_> {
-    fn unit<T: Act>(&self, local: &mut Local, mut out: Block<'_, T>, task: usize) {
+    fn runs(&self, index: usize, head: usize) -> bool {
+        let row = self.bands[index].first as usize;
+        !self.units[index].decode
+            || self.live.is_none_or(|live| live[row * self.spec.num_kv_heads as usize + head])
+    }
+
+    /// First position that a row at position `p` sees.
+    fn seen_from(&self, p: usize) -> usize {
+        self.spec.window.map_or(0, |w| (p + 1).saturating_sub(w as usize))
+    }
+
+    /// Pages that a unit sees.
+    fn pages(&self, index: usize) -> Range<usize> {
+        let first = self.step.positions[self.bands[index].first as usize] as usize;
+        self.seen_from(first) / PAGE_TOKENS..first / PAGE_TOKENS + 1
+    }
+
+    /// Lists the parts of decode units so long that threads would wait for them, at most `room`.
+    fn cut(&self, cuts: &mut Vec<Cut>, room: usize) {
+        cuts.clear();
         let heads = self.spec.num_kv_heads as usize;
-        let (index, head) = (task / heads, task % heads);
-        let (band, unit) = (self.bands[index], self.units[index]);
-        let first_row = band.first as usize;
-        if unit.decode && self.live.is_some_and(|live| !live[first_row * heads + head]) {
-            out.clear();
-            return;
+        let running = |index: usize| (0..heads).filter(move |&head| self.runs(index, head));
+        let work = |index: usize| self.pages(index).len() * self.bands[index].rows as usize;
+        let all: usize = (0..self.units.len()).map(|i| work(i) * running(i).count()).sum();
+        let most = all / (4 * self.cx.pool.threads());
+        for index in (0..self.units.len()).filter(|&i| self.units[i].decode && work(i) > most) {
+            let pages = self.pages(index);
+            let parts = pages.start / PART_PAGES..(pages.end - 1) / PART_PAGES + 1;
+            for head in running(index).filter(|_| parts.len() > 1) {
+                if cuts.len() + parts.len() > room {
+                    return;
+                }
+                let cut = |part| Cut { unit: index as u32, head: head as u32, part: part as u32 };
+                cuts.extend(parts.clone().map(cut));
+            }
         }
-        let (rows, group, dims) = (band.rows as usize, self.spec.group() as usize, self.dims);
-        let n = rows * group;
+    }
+
+    /// One part of a decode unit.
+    fn part(&self, local: &mut Local, state: &mut [f32], cut: Cut) {
+        let index = cut.unit as usize;
+        let mut state = State::new(state, self.spec.group() as usize, self.dims);
+        self.see(local, index, cut.head as usize, cut.part as usize, &mut state);
+    }
+
+    /// Adds a unit's pages within one part.
+    fn see(&self, local: &mut Local, index: usize, head: usize, part: usize, state: &mut State<&mut [f32]>) {
+        let band = self.bands[index];
+        let (first_row, rows) = (band.first as usize, band.rows as usize);
+        let group = self.spec.group() as usize;
         let first = self.step.positions[first_row] as usize;
-        let seen_from = |p: usize| self.spec.window.map_or(0, |w| (p + 1).saturating_sub(w as usize));
-        let Local { q32, q16, visible, max, sum, out: acc, .. } = local;
+        let Local { q32, q16, visible, .. } = local;
         let q = self.gather(first_row, rows, head, q32, q16);
-        max[..n].fill(f32::NEG_INFINITY);
-        sum[..n * 16].fill(0.0);
-        acc[..n * dims].fill(0.0);
-        let table = self.step.block_table(&self.step.seqs[unit.seq as usize]);
-        let last_page = first / PAGE_TOKENS;
-        let first_page = seen_from(first) / PAGE_TOKENS;
-        for page in first_page..=last_page {
+        let table = self.step.block_table(&self.step.seqs[self.units[index].seq as usize]);
+        let all = self.pages(index);
+        let pages = all.start.max(part * PART_PAGES)..all.end.min((part + 1) * PART_PAGES);
+        for page in pages {
             let at = page * PAGE_TOKENS;
             for r in 0..rows {
                 let p = first + r;
-                let low = seen_from(p).saturating_sub(at).min(PAGE_TOKENS) as u8;
+                let low = self.seen_from(p).saturating_sub(at).min(PAGE_TOKENS) as u8;
                 let high = (p + 1 - at).min(PAGE_TOKENS) as u8;
                 visible[r * group..(r + 1) * group].fill((low, high));
             }
-            if page < last_page {
+            if page + 1 < all.end {
                 self.ahead(self.kv.piece(table[page + 1], head));
             }
             let mut queries = Queries {
                 q,
-                dims,
+                dims: self.dims,
                 scale: self.spec.attention_scale(),
-                visible: &visible[..n],
-                max,
-                sum,
-                out: acc,
+                visible: &visible[..rows * group],
+                max: state.max,
+                sum: state.sum,
+                out: state.out,
             };
             attend_page(self.cx.isa, self.kv.piece(table[page], head), &mut queries);
+        }
+    }
+
+    fn unit<T: Act>(&self, local: &mut Local, mut out: Block<'_, T>, task: usize) {
+        let heads = self.spec.num_kv_heads as usize;
+        let (index, head) = (task / heads, task % heads);
+        if !self.runs(index, head) {
+            out.clear();
+            return;
+        }
+        let (rows, group, dims) = (self.bands[index].rows as usize, self.spec.group() as usize, self.dims);
+        let n = rows * group;
+        let (mut memory, mut more) = (std::mem::take(&mut local.state), std::mem::take(&mut local.later));
+        let mut state = State::new(&mut memory, n, dims);
+        let cuts = cuts_of(self.cuts, index, head);
+        if cuts.is_empty() {
+            let pages = self.pages(index);
+            let first = pages.start / PART_PAGES;
+            self.see(local, index, head, first, &mut state);
+            for part in first + 1..(pages.end - 1) / PART_PAGES + 1 {
+                let mut later = State::new(&mut more, n, dims);
+                self.see(local, index, head, part, &mut later);
+                state.join(self.cx.isa, &later.as_ref());
+            }
+        } else {
+            let size = state_size(n, dims);
+            for part in self.states.chunks_exact(size).take(cuts.end).skip(cuts.start) {
+                state.join(self.cx.isa, &State::of(part, n, dims));
+            }
         }
         let d = self.spec.head_dim as usize;
         for r in 0..rows {
             let to = out.row(r);
             for g in 0..group {
                 let i = r * group + g;
-                let total = simd::fold_sum(&sum.as_chunks::<16>().0[i]);
-                let values = &mut acc[i * dims..][..d];
+                let total = simd::fold_sum(&state.sum.as_chunks::<16>().0[i]);
+                let values = &mut state.out[i * dims..][..d];
                 values.iter_mut().for_each(|v| *v /= total);
                 T::put(self.cx.isa, values, &mut to[g * d..][..d]);
             }
         }
+        (local.state, local.later) = (memory, more);
     }
 
     /// The unit's queries, contiguous.

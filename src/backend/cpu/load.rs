@@ -38,7 +38,7 @@ pub(super) struct Layer {
     pub(super) mlp_norm: NormWeights,
     pub(super) gate: Option<Linear>,
     pub(super) up: Linear,
-    /// Gated: `[hidden, ffn]`. ReLU: transposed, `[ffn, hidden]`.
+    /// Gated: `[hidden, ffn]`. ReLU: transposed, `[ffn, hidden]`, in panels.
     pub(super) down: Linear,
 }
 
@@ -211,7 +211,7 @@ impl Loader<'_> {
         Ok(mat)
     }
 
-    /// The matrix `[rows, columns]` whose transpose is stored.
+    /// The matrix `[rows, columns]` whose transpose is stored, in panels.
     fn transposed(
         &mut self,
         dtype: DType,
@@ -220,7 +220,7 @@ impl Loader<'_> {
         columns: usize,
         pairs: bool,
     ) -> Result<Mat> {
-        let mut mat = Mat::new(dtype, rows, columns)?;
+        let mut mat = Mat::in_panels(dtype, rows, columns)?;
         let stored = self.info(role)?.dtype;
         let line = rows * stored.size();
         let step = (PIECE / line.max(1) / 32).max(1) * 32;

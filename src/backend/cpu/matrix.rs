@@ -1,6 +1,8 @@
 //! Weight matrices in memory, and how rows of a file become rows of one.
 //!
-//! Invariant: a row has its elements, then zeros up to a multiple of 32.
+//! Invariant: a row has its elements, then zeros up to a multiple of 32. A matrix in panels holds
+//! some columns of all rows, then the next columns of all rows: a thread that works on some columns
+//! of many rows then reads memory in one stream.
 
 use super::simd::{LANE_ORDER, PAD, Rows, bf16_bits};
 use crate::dtype::{DType, f16, widen};
@@ -14,13 +16,17 @@ pub(super) fn padded(n: usize) -> usize {
     n.next_multiple_of(PAD)
 }
 
+/// Most columns of a panel.
+const PANEL: usize = 256;
+
 /// A matrix `[rows, columns]`.
 pub(super) struct Mat {
     pub(super) dtype: DType,
     pub(super) rows: usize,
     pub(super) columns: usize,
-    /// Elements from one row to the next.
+    /// Elements from one row to the next, within a panel if there are several.
     pub(super) stride: usize,
+    panels: usize,
     data: Buf<u8>,
     scales: Buf<f32>,
 }
@@ -28,27 +34,52 @@ pub(super) struct Mat {
 impl Mat {
     /// Zeros.
     pub(super) fn new(dtype: DType, rows: usize, columns: usize) -> Result<Mat> {
-        let stride = padded(columns);
-        let bytes = rows.saturating_mul(stride).saturating_mul(dtype.size());
+        Mat::cut(dtype, rows, columns, 1)
+    }
+
+    /// Zeros, in panels.
+    pub(super) fn in_panels(dtype: DType, rows: usize, columns: usize) -> Result<Mat> {
+        let units = padded(columns) / PAD;
+        // As wide as allowed, all of one width.
+        let width = (1..=PANEL / PAD).rev().find(|w| units.is_multiple_of(*w)).unwrap_or(1);
+        Mat::cut(dtype, rows, columns, (units / width).max(1))
+    }
+
+    fn cut(dtype: DType, rows: usize, columns: usize, panels: usize) -> Result<Mat> {
+        let stride = padded(columns) / panels;
+        let bytes = rows.saturating_mul(padded(columns)).saturating_mul(dtype.size());
         let scales = if dtype == DType::I8 { rows } else { 0 };
         Ok(Mat {
             dtype,
             rows,
             columns,
             stride,
+            panels,
             data: Buf::zeroed(bytes, "weights")?,
             scales: Buf::zeroed(scales, "weight scales")?,
         })
     }
 
-    /// Its rows, for kernels.
+    /// Its rows, for kernels; of a matrix in one panel.
     pub(super) fn view(&self) -> Rows<'_> {
+        self.panel(0)
+    }
+
+    /// The rows of the panel that holds `column`.
+    pub(super) fn panel(&self, column: usize) -> Rows<'_> {
+        let size = self.rows * self.stride;
+        let of = column / self.stride.max(1) * size..(column / self.stride.max(1) + 1) * size;
         match self.dtype {
-            DType::F32 => Rows::F32(self.data.view()),
-            DType::F16 => Rows::F16(self.data.view()),
-            DType::BF16 => Rows::Bf16(self.data.view()),
-            DType::I8 => Rows::I8(self.data.view(), &self.scales),
+            DType::F32 => Rows::F32(&self.data.view()[of]),
+            DType::F16 => Rows::F16(&self.data.view()[of]),
+            DType::BF16 => Rows::Bf16(&self.data.view()[of]),
+            DType::I8 => Rows::I8(&self.data.view()[of], &self.scales),
         }
+    }
+
+    /// Its elements as they lie in memory.
+    pub(super) fn raw(&self) -> &[u8] {
+        &self.data
     }
 
     /// Bytes it takes.
@@ -63,7 +94,11 @@ impl Mat {
 
     /// The memory of `count` rows from `first` on, if files of `dtype` can be read straight into it.
     pub(super) fn direct(&mut self, dtype: DType, first: usize, count: usize) -> Option<&mut [u8]> {
-        if self.dtype != dtype || self.stride != self.columns || cfg!(target_endian = "big") {
+        if self.dtype != dtype
+            || self.panels > 1
+            || self.stride != self.columns
+            || cfg!(target_endian = "big")
+        {
             return None;
         }
         let row = self.row_bytes();
@@ -124,24 +159,28 @@ impl Mat {
     ) {
         const TILE: usize = 32;
         let (rows, size, to) = (self.rows, dtype.size(), self.dtype);
-        let row = self.row_bytes();
+        let (row, stride) = (self.row_bytes(), self.stride);
         let scales = &self.scales;
-        pool.each(Chunks::new(&mut self.data, row * TILE), |data, i| {
-            let n = data.len() / row;
-            let mut values = [0.0f32; TILE];
-            for (j, line) in src.chunks_exact(rows * size).enumerate() {
-                widen(dtype, &line[i * TILE * size..][..n * size], &mut values[..n]);
-                let c = first + j;
-                let c = if lane_order { c / 32 * 32 + LANE_ORDER[c % 32] } else { c };
-                for (r, v) in values[..n].iter().enumerate() {
-                    let at = &mut data[r * row + c * to.size()..];
-                    match to {
-                        DType::I8 => narrow_i8(&[*v], inverse(scales[i * TILE + r]), at),
-                        _ => narrow(to, &[*v], at),
+        let lines = src.len() / (rows * size).max(1);
+        for (p, data) in self.data.chunks_exact_mut(rows * row).enumerate() {
+            let columns = (p * stride).max(first)..((p + 1) * stride).min(first + lines);
+            pool.each(Chunks::new(data, row * TILE), |data, i| {
+                let n = data.len() / row;
+                let mut values = [0.0f32; TILE];
+                for c in columns.clone() {
+                    let line = &src[(c - first) * rows * size..][..rows * size];
+                    widen(dtype, &line[i * TILE * size..][..n * size], &mut values[..n]);
+                    let c = if lane_order { c / 32 * 32 + LANE_ORDER[c % 32] } else { c } - p * stride;
+                    for (r, v) in values[..n].iter().enumerate() {
+                        let at = &mut data[r * row + c * to.size()..];
+                        match to {
+                            DType::I8 => narrow_i8(&[*v], inverse(scales[i * TILE + r]), at),
+                            _ => narrow(to, &[*v], at),
+                        }
                     }
                 }
-            }
-        });
+            });
+        }
     }
 
     /// Widens one row.
@@ -161,9 +200,11 @@ impl Mat {
     #[cfg(test)]
     pub(super) fn set_rows(&mut self, rows: &[usize], value: f32) {
         let row = self.row_bytes();
-        for r in rows {
-            let values = vec![value; self.stride];
-            narrow(self.dtype, &values, &mut self.data[r * row..(r + 1) * row]);
+        let values = vec![value; self.stride];
+        for panel in self.data.chunks_exact_mut(self.rows * row) {
+            for r in rows {
+                narrow(self.dtype, &values, &mut panel[r * row..(r + 1) * row]);
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::model::Activation;
 use crate::sparsity::router::AttnUnit;
 use crate::sparsity::select::{group_score, random_score};
 use crate::sparsity::{MlpMode, Rule, Site, Source};
+use crate::sys::ahead::Ahead;
 use crate::sys::split::{Block, Grid};
 use std::ops::Range;
 
@@ -158,6 +159,8 @@ fn select_heads(s: &mut CpuScratch, step: &Step, layer: usize, unit: Option<Attn
 pub(super) fn mlp(cx: Cx<'_>, w: &CpuWeights, s: &mut CpuScratch, step: &Step, layer: usize, live: Live) {
     let n = step.tokens.len();
     let lw = &w.layers[layer];
+    let next = w.layers.get(layer + 1).map_or(w.head.as_ref().unwrap_or(&w.embed), |l| &l.qkv.mat);
+    let cx = cx.before(&[next]);
     norm_rows(cx, &w.spec, &lw.mlp_norm, (&s.x, s.hidden_stride), n, (&mut s.h, &mut s.h_acts));
     if w.spec.activation.gated() {
         gated(cx, w.spec.activation, lw, s, n);
@@ -195,10 +198,10 @@ fn gated(cx: Cx<'_>, activation: Activation, lw: &Layer, s: &mut CpuScratch, n: 
     let (stride, width) = (z.stride, gate.mat.rows);
     if z.is_bf16() {
         let out = Grid::columns(&mut z.bf16[..n * stride], stride, width, size);
-        cx.pool.split(out, locals, |l, b, _| job.block(l, b));
+        cx.pool.split(out, locals, cx.before(&[&lw.down.mat]).ahead, |l, b, _| job.block(l, b));
     } else {
         let out = Grid::columns(&mut z.f32[..n * stride], stride, width, size);
-        cx.pool.split(out, locals, |l, b, _| job.block(l, b));
+        cx.pool.split(out, locals, cx.before(&[&lw.down.mat]).ahead, |l, b, _| job.block(l, b));
     }
     let rows = Pick::Range(0, n);
     product(cx, locals, z.acts(), rows, lw.down.parts(), Into::Add, (x, *hidden_stride));
@@ -315,23 +318,26 @@ fn relu(cx: Cx<'_>, lw: &Layer, s: &mut CpuScratch, n: usize) {
     let (stride, ffn) = (z.stride, lw.up.mat.rows);
     if z.is_bf16() {
         let out = Grid::columns(&mut z.bf16[..n * stride], stride, ffn, size);
-        cx.pool.split(out, locals, |l, b, _| up.block(l, b));
+        cx.pool.split(out, locals, Ahead::NOTHING, |l, b, _| up.block(l, b));
     } else {
         let out = Grid::columns(&mut z.f32[..n * stride], stride, ffn, size);
-        cx.pool.split(out, locals, |l, b, _| up.block(l, b));
+        cx.pool.split(out, locals, Ahead::NOTHING, |l, b, _| up.block(l, b));
     }
     let (down, bias) = lw.down.parts();
     let stride = *hidden_stride;
-    let (columns, neurons) = down_blocks(cx, n, stride);
+    let (columns, neurons) = down_blocks(n, down.stride);
     let y = Grid::columns(&mut y[..n * stride], stride, stride, columns);
     let x = Grid::columns(&mut x[..n * stride], stride, stride, columns);
     let (z, select) = (z.acts(), &*select);
     cx.pool.each((y, x), |(mut y, mut x), _| {
         y.clear();
+        // Groups of rows take turns at blocks of neurons, so that weights come from memory once.
+        let weights = down.panel(y.columns().start);
+        let neurons = if n <= 8 && select.groups(n).nth(1).is_none() { ffn } else { neurons };
         for first in (0..ffn).step_by(neurons) {
             for g in select.groups(n) {
                 let some = g.within(first, (first + neurons).min(ffn));
-                outer(cx.isa, z, g.rows, (down.view(), down.stride), some, &mut y);
+                outer(cx.isa, z, g.rows, (weights, down.stride), some, &mut y);
             }
         }
         let range = x.columns();
@@ -346,11 +352,12 @@ fn relu(cx: Cx<'_>, lw: &Layer, s: &mut CpuScratch, n: usize) {
     });
 }
 
-/// Columns per task and neurons per block of the down projection: sums and weights of a block
-/// stay in the second-level cache. Neuron blocks are even, so that no pair is cut.
-fn down_blocks(cx: Cx<'_>, rows: usize, columns: usize) -> (usize, usize) {
-    let by_threads = columns.div_ceil(2 * cx.pool.threads()).next_multiple_of(32);
-    if rows <= 8 { (by_threads.min(1024), 32) } else { (by_threads.min(128), 256) }
+/// Columns per task and neurons per block of the down projection. Few rows read a panel in one go;
+/// with many, sums and weights of a block stay in the second-level cache. A task's columns lie in
+/// one panel, and blocks of neurons are even, so that no pair is cut.
+fn down_blocks(rows: usize, panel: usize) -> (usize, usize) {
+    let columns = if rows > 8 && panel.is_multiple_of(64) { panel / 2 } else { panel };
+    (columns, if rows <= 8 { 64 } else { 256 })
 }
 
 /// The up projection and its activation.

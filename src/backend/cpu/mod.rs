@@ -10,6 +10,7 @@ mod kv;
 mod load;
 mod matrix;
 mod mlp;
+mod parts;
 mod product;
 mod scratch;
 pub(crate) mod simd;
@@ -27,6 +28,7 @@ use crate::model::{ModelSpec, Position, Weights};
 use crate::sample;
 use crate::sparsity::Counts;
 use crate::sparsity::router::RouterFile;
+use crate::sys::ahead::Ahead;
 use crate::sys::alloc::{available, counted};
 use crate::sys::pool::Pool;
 use crate::sys::split::Chunks;
@@ -54,7 +56,7 @@ impl Cpu {
     }
 
     fn cx(&self) -> Cx<'_> {
-        Cx { pool: &self.pool, isa: self.isa }
+        Cx { pool: &self.pool, isa: self.isa, ahead: Ahead::NOTHING }
     }
 
     fn kind(&self, spec: &ModelSpec, bf16: bool, rank: Option<usize>) -> Kind {
@@ -269,7 +271,7 @@ impl Backend for Cpu {
     fn sample(&self, s: &mut CpuScratch, step: &Step, history: &dyn History) -> Result<()> {
         let n = step.logit_rows.len();
         let CpuScratch { locals, logits, choices, vocab, .. } = s;
-        self.pool.split(Chunks::new(&mut choices[..n], 1), locals, |local, choice, i| {
+        self.pool.split(Chunks::new(&mut choices[..n], 1), locals, Ahead::NOTHING, |local, choice, i| {
             let choice = &mut choice[0];
             choice.sampled = Sampled::default();
             let Some(seq) = step.seqs.iter().find(|q| q.logits == i as u32 && q.sample) else { return };

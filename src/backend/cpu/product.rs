@@ -4,6 +4,7 @@ use super::load::Linear;
 use super::matrix::Mat;
 use super::scratch::Local;
 use super::simd::{Acts, Isa, Pick, dots, to_bf16};
+use crate::sys::ahead::Ahead;
 use crate::sys::alloc::Pod;
 use crate::sys::pool::Pool;
 use crate::sys::split::Grid;
@@ -13,6 +14,19 @@ use crate::sys::split::Grid;
 pub(super) struct Cx<'a> {
     pub(super) pool: &'a Pool,
     pub(super) isa: Isa,
+    /// What the stage after this one reads first.
+    pub(super) ahead: Ahead,
+}
+
+impl<'a> Cx<'a> {
+    /// The same, knowing that a product with `mats` (of one shape) comes next.
+    pub(super) fn before(self, mats: &[&Mat]) -> Cx<'a> {
+        let Some(first) = mats.first() else { return self };
+        let row_bytes = first.row_bytes();
+        let piece = block(self, first.rows, mats.len() * row_bytes) * row_bytes;
+        let array = |i: usize| mats.get(i).map_or(&[][..], |m| m.raw());
+        Cx { ahead: Ahead::pieces([array(0), array(1)], piece), ..self }
+    }
 }
 
 /// Activation rows that share a block of weights: small enough that they stay in the second-level
@@ -56,7 +70,7 @@ pub(super) fn product(
     }
     let size = block(cx, mat.rows, mat.row_bytes());
     let grid = Grid::columns(&mut out[..n * stride_out], stride_out, mat.rows, size);
-    cx.pool.split(grid, locals, |local, mut part, _| {
+    cx.pool.split(grid, locals, cx.ahead, |local, mut part, _| {
         let outs = part.columns();
         let width = outs.len();
         for first in (0..n).step_by(ROW_BLOCK) {

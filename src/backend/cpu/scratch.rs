@@ -1,6 +1,7 @@
 //! What a step needs beside weights and pages, sized once.
 
 use super::matrix::padded;
+use super::parts::{Cut, most_cuts, state_size};
 use super::product::{MAX_BLOCK, ROW_BLOCK};
 use super::simd::Acts;
 use crate::backend::{Limits, PAGE_TOKENS, Sampled, Step};
@@ -55,9 +56,9 @@ pub(super) struct Local {
     pub(super) q32: Buf<f32>,
     pub(super) q16: Buf<u16>,
     pub(super) visible: Vec<(u8, u8)>,
-    pub(super) max: Buf<f32>,
-    pub(super) sum: Buf<f32>,
-    pub(super) out: Buf<f32>,
+    /// Softmax state of one unit, and of a later part of its context.
+    pub(super) state: Buf<f32>,
+    pub(super) later: Buf<f32>,
     pub(super) sampler: sample::Scratch,
 }
 
@@ -101,6 +102,9 @@ pub struct CpuScratch {
     pub(super) sin: Buf<f32>,
     pub(super) bands: Vec<Band>,
     pub(super) units: Vec<Unit>,
+    /// Parts of long contexts that are tasks of their own, and what they saw.
+    pub(super) cuts: Vec<Cut>,
+    pub(super) states: Buf<f32>,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Buf<f32>,
     pub(super) last_acts: ActBuf,
@@ -182,6 +186,7 @@ impl CpuScratch {
         let none = Unit { seq: 0, decode: false };
         // A chunk of n rows touches at most n/16 + 2 pages.
         let bands = batch.saturating_mul(2).saturating_add(rows);
+        let cuts = most_cuts(threads, limits.max_context, batch.saturating_mul(spec.num_kv_heads as usize));
         Ok(CpuScratch {
             limits: *limits,
             locals,
@@ -200,6 +205,8 @@ impl CpuScratch {
             sin: f32s(rows, half)?,
             bands: filled(bands, Band { first: 0, rows: 0 })?,
             units: filled(bands, none)?,
+            cuts: filled(cuts, Cut::default())?,
+            states: f32s(cuts, state_size(spec.group() as usize, dims))?,
             last: f32s(batch, hidden_stride)?,
             last_acts: ActBuf::new(bf16, if bf16 { batch } else { 0 }, hidden)?,
             logits: f32s(batch, vocab)?,
@@ -281,9 +288,8 @@ impl Local {
             q32: zeros(if kv_bf16 { 0 } else { queries * dims })?,
             q16: Buf::zeroed(if kv_bf16 { queries * dims } else { 0 }, "worker memory")?,
             visible: try_vec(queries, (0, 0), "worker memory")?,
-            max: zeros(queries)?,
-            sum: zeros(queries * 16)?,
-            out: zeros(queries * dims)?,
+            state: zeros(state_size(queries, dims))?,
+            later: zeros(state_size(queries, dims))?,
             sampler: sample::Scratch::new(spec.vocab_size as usize)?,
         })
     }

@@ -5,7 +5,7 @@
 mod rig;
 
 use super::Isa;
-use crate::backend::WeightOptions;
+use crate::backend::{Limits, WeightOptions};
 use crate::dtype::DType;
 use crate::model::ModelSpec;
 use crate::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
@@ -83,6 +83,46 @@ fn neither_chunks_nor_threads_change_a_bit() {
                     let got = alone(&mut rig, &tokens, 3, chunk, DENSE);
                     let want = want.get_or_insert_with(|| got.clone());
                     assert!(*want == got, "{name} {dtype:?} {} threads {threads} chunk {chunk}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+/// Contexts of several parts: shared among threads, computed by one, prefilled in any chunks, with
+/// half the heads or all, with a window that begins inside a part.
+#[test]
+fn parts_of_a_context_do_not_change_a_bit() {
+    let limits = Limits { max_batch: 3, max_rows: 640, pages: 256, max_context: 1200 };
+    for (name, spec) in models(DType::BF16).into_iter().take(2) {
+        let spec = ModelSpec { window: spec.window.map(|_| 700), ..spec };
+        let src = Synthetic::new(spec.clone());
+        let file = routers(&spec, false, None, &[]);
+        let tokens = prompt(5, 1100);
+        for isa in Isa::all() {
+            for density in [1.0, 0.5] {
+                let setting = SeqSetting { attn_density: Some(density), mlp: MlpMode::Dense };
+                let mut want = None;
+                for (threads, chunk) in [(1, 640), (2, 129), (4, 600)] {
+                    let what = format!("{name} {} density {density} threads {threads}", isa.name());
+                    let setup = Setup { isa, threads, limits, routers: Some(&file), ..Setup::default() };
+                    let mut rig = Rig::new(&src, &setup);
+                    let got = alone(&mut rig, &tokens, 3, chunk, setting);
+                    let want = want.get_or_insert_with(|| got.clone());
+                    assert!(*want == got, "{what}");
+                    let heads = (f64::from(density) * f64::from(spec.num_kv_heads)) as usize;
+                    let shared = threads > 1 && heads.max(1) < 4 * threads;
+                    assert_eq!(shared, !rig.scratch.cuts.is_empty(), "{what}");
+                    if threads == 2 {
+                        // Beside a short one and a longer prompt nothing else comes out.
+                        let ids = [&tokens[..], &tokens[..40], &tokens[..600]].map(|t| rig.add(t, setting));
+                        for at in [0, 600] {
+                            rig.run(&[(ids[0], if at == 0 { 600 } else { 497 }, false)]);
+                        }
+                        rig.run(&[(ids[1], 37, false)]);
+                        let mixed = rig.run(&[(ids[0], 1, true), (ids[1], 1, true), (ids[2], 600, false)]);
+                        assert!(bits(&mixed[0]) == want[1], "{what}, mixed");
+                    }
                 }
             }
         }

@@ -70,6 +70,55 @@ pub(crate) fn attend_page(isa: Isa, piece: KvPiece<'_>, queries: &mut Queries<'_
     }
 }
 
+/// Adds to the softmax state of some rows (largest scores, sixteen sums each, outputs) what the same
+/// rows saw in later pages.
+pub(crate) fn merge(
+    isa: Isa,
+    (max, sum, out): (&mut [f32], &mut [f32], &mut [f32]),
+    (later_max, later_sum, later_out): (&[f32], &[f32], &[f32]),
+) {
+    let n = max.len();
+    assert!(sum.len() == n * LANES && n > 0 && out.len().is_multiple_of(n));
+    assert!(later_max.len() == n && later_sum.len() == sum.len() && later_out.len() == out.len());
+    let dims = out.len() / n;
+    for (r, (old, &later)) in max.iter_mut().zip(later_max).enumerate() {
+        if later == f32::NEG_INFINITY {
+            continue;
+        }
+        let new = old.max(later);
+        // Nothing seen so far weighs e^-inf = 0.
+        let (a, b) = ((*old - new).exp(), (later - new).exp());
+        *old = new;
+        let rows = [(&mut *sum, later_sum, LANES), (&mut *out, later_out, dims)];
+        for (to, from, width) in rows {
+            isa.run(Blend { to: &mut to[r * width..][..width], from: &from[r * width..][..width], a, b });
+        }
+    }
+}
+
+/// `to = a * to + b * from`, a multiple of sixteen elements.
+struct Blend<'a> {
+    to: &'a mut [f32],
+    from: &'a [f32],
+    a: f32,
+    b: f32,
+}
+
+impl Kernel for Blend<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (to, from) = (self.to.as_chunks_mut::<LANES>().0, self.from.as_chunks::<LANES>().0);
+        for (to, from) in to.iter_mut().zip(from) {
+            // SAFETY: sixteen elements each.
+            unsafe {
+                let kept = S::mul(S::load(to.as_ptr()), S::splat(self.a));
+                S::store(to.as_mut_ptr(), S::fma(S::load(from.as_ptr()), S::splat(self.b), kept));
+            }
+        }
+    }
+}
+
 /// Weights of one row's sixteen tokens.
 type Weights = [f32; LANES];
 
@@ -280,7 +329,10 @@ impl<K: Kind> Page<'_, '_, K> {
         let dims = self.queries.dims;
         // SAFETY: rows r..r + N exist; steps cover `dims`, a multiple of 16.
         unsafe {
-            let q: [*const K::Q; N] = std::array::from_fn(|n| self.q.add((r + n) * dims));
+            let mut q = [self.q; N];
+            for n in 0..N {
+                q[n] = self.q.add((r + n) * dims);
+            }
             let mut acc = [[S::zero(); N]; 4];
             let mut i = 0;
             while i < dims / K::STEP {
@@ -290,10 +342,12 @@ impl<K: Kind> Page<'_, '_, K> {
                 i += 4;
             }
             let scale = S::splat(self.queries.scale);
-            std::array::from_fn(|n| {
+            let mut scores = [S::zero(); N];
+            for n in 0..N {
                 let sum = S::add(S::add(acc[0][n], acc[1][n]), S::add(acc[2][n], acc[3][n]));
-                S::mul(sum, scale)
-            })
+                scores[n] = S::mul(sum, scale);
+            }
+            scores
         }
     }
 
@@ -348,8 +402,10 @@ impl<K: Kind> Page<'_, '_, K> {
         let dims = self.queries.dims;
         // SAFETY: rows r..r + N of `out` exist; columns stay below `dims`.
         unsafe {
-            let out: [*mut f32; N] =
-                std::array::from_fn(|n| self.queries.out.as_mut_ptr().add((r + n) * dims));
+            let mut out = [self.queries.out.as_mut_ptr(); N];
+            for n in 0..N {
+                out[n] = out[n].add((r + n) * dims);
+            }
             let mut c = 0;
             while c < dims {
                 if c + 4 * LANES <= dims {
@@ -373,9 +429,12 @@ impl<K: Kind> Page<'_, '_, K> {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut acc: [[S::V; N]; NV] = std::array::from_fn(|v| {
-                std::array::from_fn(|n| S::mul(S::load(out[n].add(c + v * LANES)), S::splat(alpha[n])))
-            });
+            let mut acc = [[S::zero(); N]; NV];
+            for v in 0..NV {
+                for n in 0..N {
+                    acc[v][n] = S::mul(S::load(out[n].add(c + v * LANES)), S::splat(alpha[n]));
+                }
+            }
             for pair in 0..LANES / 2 {
                 for v in 0..NV {
                     K::value::<S, N>(&mut acc[v], self.v, self.queries.dims, pair, c + v * LANES, p);

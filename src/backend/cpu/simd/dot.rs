@@ -3,8 +3,14 @@
 //!
 //! Lanes run along the reduction: lane `i` of one accumulator sums elements `i`, `i + 16`, … (or
 //! pairs of them), and the lanes are folded at the end. A tile holds one accumulator per (row,
-//! output), so its size never changes a result. Traffic: each weight row is read once per tile of
-//! up to six activation rows, the first time from memory, then from the first-level cache.
+//! output), so its size never changes a result.
+//!
+//! Arrays are filled by plain loops: a closure (`array::from_fn`) that is not inlined would force all
+//! sums out of their registers.
+//!
+//! Traffic: up to [`FEW`] short activation rows take one weight row after the other, so that memory
+//! sees one stream, which its prefetchers follow best. More are bound by arithmetic: tiles of rows and outputs, each weight row read once per tile
+//! of rows, the first time from memory, then from a cache.
 
 use super::vec::{LANES, Simd};
 use super::{Acts, Isa, Kernel, PAD, Pick, Rows};
@@ -85,6 +91,13 @@ fn pass_of(rows: usize, k: usize, size: usize, can_spill: bool) -> usize {
 const L1_BYTES: usize = 20 << 10;
 /// Bytes of each row in one pass, when there are several.
 const PASS_BYTES: usize = 2 << 10;
+
+/// Most rows that read weights in one stream.
+const FEW: usize = 8;
+/// What they may take together, since each output reads all of them anew from the first-level cache.
+const LINE_BYTES: usize = 16 << 10;
+/// Bytes ahead that such a stream asks for.
+const AHEAD: usize = 4 << 10;
 
 /// How elements become products.
 trait Load {
@@ -184,6 +197,8 @@ impl<L: Load> Kernel for Dots<'_, L> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let n = self.rows.len();
+        let few = if S::WIDE { FEW } else { FEW / 2 };
+        let lines = n == 1 || n <= few && n * self.k * size_of::<L::X>() <= LINE_BYTES;
         let most = match n {
             _ if !S::WIDE => 2,
             7 | 8 => 8,
@@ -191,6 +206,12 @@ impl<L: Load> Kernel for Dots<'_, L> {
         };
         let mut k = 0;
         while k < self.k {
+            if lines {
+                // SAFETY: as below.
+                unsafe { self.few::<S>(k) }
+                k += self.pass;
+                continue;
+            }
             let mut r = 0;
             // Rows in tiles as equal as can be.
             while r < n {
@@ -217,6 +238,154 @@ impl<L: Load> Kernel for Dots<'_, L> {
 }
 
 impl<L: Load> Dots<'_, L> {
+    /// All rows, at most [`FEW`], by all outputs, elements from `k` on.
+    #[inline(always)]
+    unsafe fn few<S: Simd>(&self, k: usize) {
+        let n = self.outs.len();
+        let mut o = 0;
+        // SAFETY: outputs o..o + width exist.
+        unsafe {
+            while o < n {
+                let width = if o + 4 <= n && self.rows.len() <= 2 { 4 } else { 1 };
+                match (self.rows.len(), width) {
+                    (1, 4) => self.lines::<S, 1, 4>(o, k),
+                    (2, 4) => self.lines::<S, 2, 4>(o, k),
+                    (1, _) => self.lines::<S, 1, 1>(o, k),
+                    (2, _) => self.lines::<S, 2, 1>(o, k),
+                    (3, _) => self.lines::<S, 3, 1>(o, k),
+                    (4, _) => self.lines::<S, 4, 1>(o, k),
+                    (5, _) => self.lines::<S, 5, 1>(o, k),
+                    (6, _) => self.lines::<S, 6, 1>(o, k),
+                    (7, _) => self.lines::<S, 7, 1>(o, k),
+                    _ => self.lines::<S, 8, 1>(o, k),
+                }
+                o += width;
+            }
+        }
+    }
+
+    /// All `MR` rows by `NR` outputs (1 or 4), one output after the other.
+    #[inline(always)]
+    unsafe fn lines<S: Simd, const MR: usize, const NR: usize>(&self, o: usize, first: usize) {
+        let end = (first + self.pass).min(self.k);
+        // SAFETY: as in `tile`.
+        unsafe {
+            // A pass over part of long rows goes on with the next row's part.
+            let far = if self.pass < self.k { self.stride_w } else { AHEAD / size_of::<L::W>() };
+            let mut x = [self.x; MR];
+            for i in 0..MR {
+                x[i] = self.x.add(self.rows.at(i) * self.stride_x);
+            }
+            let mut acc: [[S::V; NR]; MR] = self.start::<S, MR, NR>(0, o, first);
+            for j in 0..NR {
+                let w = self.w.add(self.outs.at(o + j) * self.stride_w);
+                let mut sums = [S::zero(); MR];
+                for i in 0..MR {
+                    sums[i] = acc[i][j];
+                }
+                let mut k = first;
+                while k < end {
+                    let wv = L::w::<S>(w.add(k));
+                    S::prefetch(w.wrapping_add(k + far).cast());
+                    for i in 0..MR {
+                        sums[i] = L::mul_add::<S>(sums[i], L::x::<S>(x[i].add(k)), wv);
+                    }
+                    k += L::STEP;
+                }
+                for i in 0..MR {
+                    acc[i][j] = sums[i];
+                }
+            }
+            if end < self.k {
+                self.keep::<S, MR, NR>(0, o, &acc);
+            } else if NR == 1 {
+                // Rows in fours: their sums cost the least together.
+                let out = |i: usize| self.out.add(i * self.stride_out + o);
+                let mut column = [S::zero(); MR];
+                for i in 0..MR {
+                    column[i] = acc[i][0];
+                }
+                let (fours, rest) = column.as_chunks::<4>();
+                for (c, four) in fours.iter().enumerate() {
+                    for (i, sum) in S::sum4(*four).into_iter().enumerate() {
+                        *out(4 * c + i) = sum;
+                    }
+                }
+                for (i, one) in rest.iter().enumerate() {
+                    *out(4 * fours.len() + i) = S::sum(*one);
+                }
+            } else {
+                self.finish::<S, MR, NR>(0, o, &acc);
+            }
+        }
+    }
+
+    /// Sums so far: none, or what an earlier pass kept.
+    #[inline(always)]
+    unsafe fn start<S: Simd, const MR: usize, const NR: usize>(
+        &self,
+        r: usize,
+        o: usize,
+        first: usize,
+    ) -> [[S::V; NR]; MR] {
+        // SAFETY: `spill` has a vector for every result when there is more than one pass.
+        unsafe {
+            let mut acc = [[S::zero(); NR]; MR];
+            if first > 0 {
+                for i in 0..MR {
+                    for j in 0..NR {
+                        acc[i][j] = S::load(self.spilled(r + i, o + j));
+                    }
+                }
+            }
+            acc
+        }
+    }
+
+    /// Keeps sums for the next pass.
+    #[inline(always)]
+    unsafe fn keep<S: Simd, const MR: usize, const NR: usize>(
+        &self,
+        r: usize,
+        o: usize,
+        acc: &[[S::V; NR]; MR],
+    ) {
+        for i in 0..MR {
+            for j in 0..NR {
+                // SAFETY: as in `start`.
+                unsafe { S::store(self.spilled(r + i, o + j), acc[i][j]) }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn spilled(&self, r: usize, o: usize) -> *mut f32 {
+        self.spill.wrapping_add((r * self.outs.len() + o) * LANES)
+    }
+
+    /// Folds and stores sums.
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const MR: usize, const NR: usize>(
+        &self,
+        r: usize,
+        o: usize,
+        acc: &[[S::V; NR]; MR],
+    ) {
+        for (i, acc) in acc.iter().enumerate() {
+            // SAFETY: the result has room for these rows and outputs.
+            unsafe {
+                let out = self.out.add((r + i) * self.stride_out + o);
+                let (fours, rest) = acc.as_chunks::<4>();
+                for (j, four) in fours.iter().enumerate() {
+                    out.add(4 * j).cast::<[f32; 4]>().write_unaligned(S::sum4(*four));
+                }
+                for (j, one) in rest.iter().enumerate() {
+                    *out.add(4 * fours.len() + j) = S::sum(*one);
+                }
+            }
+        }
+    }
+
     /// One tile of rows by all outputs, elements from `k` on.
     #[inline(always)]
     unsafe fn outputs<S: Simd, const MR: usize>(&self, r: usize, k: usize) {
@@ -224,12 +393,6 @@ impl<L: Load> Dots<'_, L> {
         let mut o = 0;
         // SAFETY: outputs o..o + width exist.
         unsafe {
-            if S::WIDE && MR == 1 {
-                while o + 8 <= n {
-                    self.tile::<S, MR, 8>(r, o, k);
-                    o += 8;
-                }
-            }
             if MR > 6 {
                 while o + 3 <= n {
                     self.tile::<S, MR, 3>(r, o, k);
@@ -254,26 +417,24 @@ impl<L: Load> Dots<'_, L> {
         // SAFETY: the picked rows lie inside their arrays, `k` elements each; results likewise, and
         // `spill` has a vector for each when there is more than one pass.
         unsafe {
-            let x: [*const L::X; MR] =
-                std::array::from_fn(|i| self.x.add(self.rows.at(r + i) * self.stride_x));
-            let w: [*const L::W; NR] =
-                std::array::from_fn(|j| self.w.add(self.outs.at(o + j) * self.stride_w));
-            let spilled =
-                |i: usize, j: usize| self.spill.wrapping_add(((r + i) * self.outs.len() + o + j) * LANES);
-            let mut acc = [[S::zero(); NR]; MR];
-            if first > 0 {
-                for i in 0..MR {
-                    for j in 0..NR {
-                        acc[i][j] = S::load(spilled(i, j));
-                    }
-                }
+            let mut x = [self.x; MR];
+            for i in 0..MR {
+                x[i] = self.x.add(self.rows.at(r + i) * self.stride_x);
             }
+            let mut w = [self.w; NR];
+            for j in 0..NR {
+                w[j] = self.w.add(self.outs.at(o + j) * self.stride_w);
+            }
+            let mut acc: [[S::V; NR]; MR] = self.start::<S, MR, NR>(r, o, first);
             // The first rows to use these weights ask for those of the next tile: rows are too
             // short for the hardware to catch up with each anew.
             let ahead = NR * self.stride_w;
             let mut k = first;
             while k < end {
-                let wv: [Operand<S>; NR] = std::array::from_fn(|j| L::w::<S>(w[j].add(k)));
+                let mut wv = [Operand::<S> { v: S::zero() }; NR];
+                for j in 0..NR {
+                    wv[j] = L::w::<S>(w[j].add(k));
+                }
                 if r == 0 {
                     for w in &w {
                         S::prefetch(w.wrapping_add(k + ahead).cast());
@@ -288,22 +449,9 @@ impl<L: Load> Dots<'_, L> {
                 k += L::STEP;
             }
             if end < self.k {
-                for i in 0..MR {
-                    for j in 0..NR {
-                        S::store(spilled(i, j), acc[i][j]);
-                    }
-                }
-                return;
-            }
-            for (i, acc) in acc.iter().enumerate() {
-                let out = self.out.add((r + i) * self.stride_out + o);
-                let (fours, rest) = acc.as_chunks::<4>();
-                for (j, four) in fours.iter().enumerate() {
-                    out.add(4 * j).cast::<[f32; 4]>().write_unaligned(S::sum4(*four));
-                }
-                for (j, one) in rest.iter().enumerate() {
-                    *out.add(4 * fours.len() + j) = S::sum(*one);
-                }
+                self.keep::<S, MR, NR>(r, o, &acc);
+            } else {
+                self.finish::<S, MR, NR>(r, o, &acc);
             }
         }
     }

@@ -11,7 +11,7 @@ mod vec;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub(crate) use attend::{KvPiece, Queries, attend_page};
+pub(crate) use attend::{KvPiece, Queries, attend_page, merge};
 pub(crate) use dot::dots;
 pub(crate) use elem::{fold_sum, layer_norm, prefetch, relu, relu_mul, rms_norm, silu_mul, to_bf16};
 pub(crate) use outer::{LANE_ORDER, outer};

@@ -88,9 +88,15 @@ fn dots_agree_with_f64() {
 fn outer_agrees_with_f64_and_skips_without_a_trace() {
     use crate::sys::split::{Grid, Split};
     for isa in Isa::all() {
-        for (rows, neurons, columns) in
-            [(1usize, 1usize, 32usize), (1, 9, 64), (2, 33, 96), (3, 8, 32), (4, 50, 160), (7, 31, 64)]
-        {
+        for (rows, neurons, columns) in [
+            (1usize, 1usize, 32usize),
+            (1, 9, 64),
+            (2, 33, 96),
+            (3, 8, 32),
+            (4, 50, 160),
+            (7, 31, 64),
+            (11, 40, 96),
+        ] {
             let stride_z = neurons.next_multiple_of(32);
             let mut z = numbers(3, rows * stride_z);
             // Every third neuron is 0 in every row, as after a ReLU.
