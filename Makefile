@@ -38,6 +38,12 @@ build:
 	$(if $(CUDA),@command -v nvcc >/dev/null || tools/cuda_toolchain.sh)
 	$(CARGO) build --release --locked $(FEATURES)
 	ln -sf libpolar_sparsity.so $(RELEASE)/libpolar_sparsity.so.0
+	$(if $(CUDA),@$(KERNEL_TABLE))
+
+# Registers, shared memory and spills of the kernels, when they are not as at the last build.
+KERNEL_TABLE = from=$$(ls -t $(RELEASE)/build/polar-sparsity-*/out/kernels.txt | head -n 1) && \
+  { [ -z "$$from" ] || cmp -s "$$from" $(RELEASE)/kernels.txt || { cp "$$from" $(RELEASE)/kernels.txt && cat "$$from"; }; } && \
+  echo "figures of the kernels: $(RELEASE)/kernels.txt"
 
 demo: examples
 	$(EXAMPLES)/generate $(if $(DEVICE),--device $(DEVICE)) $(ARGS)

@@ -2,8 +2,12 @@
 //! `$CUDA_HOME/bin`, `PATH`, or the compiler that `tools/cuda_toolchain.sh` put under `target/`.
 //! Without one the crate builds all the same and says that it has no kernels.
 //!
+//! Registers, static shared memory and spills of every kernel go to `kernels.txt` beside it; spills in hot
+//! kernels fail the build.
+//!
 //! `POLAR_CUDA_ARCHS` (such as `90a`) limits the targets while developing.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,24 +58,80 @@ pub(crate) fn kernels() {
         command.arg("cuda/kernels.cu").output().unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "nvcc could not compile the kernels:\n{log}");
-    report(&log);
+    let table = figures(&log);
+    write_table(&table, &out.with_file_name("kernels.txt"));
+    fail_on_spills(&table);
     println!("cargo::rustc-cfg=polar_kernels");
     println!("cargo::rustc-env=POLAR_FATBIN={}", out.display());
     println!("cargo::rustc-env=POLAR_FATBIN_ARCHS={archs}{}", if archs == ARCHS { " ptx80" } else { "" });
 }
 
-/// Fails on spills in hot kernels; a full table of registers goes to the build's output.
-fn report(log: &str) {
-    let mut kernel = "";
+/// What ptxas says of one kernel on one target.
+#[derive(Clone, Copy, Default)]
+struct Figures {
+    registers: u32,
+    /// Static; what a launch adds is in `src/backend/cuda/launch.rs`.
+    shared: u32,
+    /// Bytes stored and loaded.
+    spills: u32,
+}
+
+/// Kernel, then target (`sm_90a`).
+type Table<'a> = BTreeMap<&'a str, BTreeMap<&'a str, Figures>>;
+
+/// Reads the output of `ptxas -v`: after a kernel's name a line of its spills and one of the rest.
+fn figures(log: &str) -> Table<'_> {
+    let mut table = Table::new();
+    let (mut kernel, mut target) = ("", "");
     for line in log.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
-            kernel = rest.split('\'').next().unwrap_or(rest);
-        } else if line.contains("spill stores") {
-            let spills = !line.contains(" 0 bytes spill stores") || !line.contains(" 0 bytes spill loads");
-            let hot = HOT.iter().any(|h| kernel.contains(h)) && !COLD.iter().any(|c| kernel.ends_with(c));
-            assert!(!(spills && hot), "kernel {kernel} spills registers: {}", line.trim());
-        } else if line.contains("Used ") {
-            println!("{kernel}: {}", line.trim());
+            let mut quoted = rest.split('\'');
+            (kernel, target) = (quoted.next().unwrap_or(""), quoted.nth(1).unwrap_or(""));
+        } else if line.contains(" spill stores") || line.contains(" registers") {
+            let figures = table.entry(kernel).or_default().entry(target).or_default();
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // A number stands before `registers,`, `bytes smem,` and `bytes spill stores,`.
+            for i in 1..words.len() {
+                let number = |at: usize| words[at].parse().unwrap_or(0);
+                match words[i].trim_end_matches(',') {
+                    "registers" => figures.registers = number(i - 1),
+                    "smem" => figures.shared = number(i - 2),
+                    "spill" => figures.spills += number(i - 2),
+                    _ => {}
+                }
+            }
+        }
+    }
+    table
+}
+
+/// One line a kernel; `make` prints it.
+fn write_table(table: &Table<'_>, path: &Path) {
+    let mut targets: Vec<&str> = table.values().flat_map(|t| t.keys().copied()).collect();
+    // By length first: sm_100 is newer than sm_80.
+    targets.sort_unstable_by_key(|t| (t.trim_end_matches('a').len(), *t));
+    targets.dedup();
+    let mut text = format!("{:<40}", "registers/static shared/spilled bytes");
+    for target in &targets {
+        text += &format!("{target:>14}");
+    }
+    for (kernel, of) in table {
+        text += &format!("\n{kernel:<40}");
+        for target in &targets {
+            let cell = of.get(target).map(|f| format!("{}/{}/{}", f.registers, f.shared, f.spills));
+            text += &format!("{:>14}", cell.unwrap_or_default());
+        }
+    }
+    std::fs::write(path, text + "\n").unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+}
+
+fn fail_on_spills(table: &Table<'_>) {
+    assert!(!table.is_empty(), "no figures in the output of ptxas -v");
+    for (kernel, of) in table {
+        let hot = HOT.iter().any(|h| kernel.contains(h)) && !COLD.iter().any(|c| kernel.ends_with(c));
+        for (target, f) in of {
+            assert!(f.registers > 0, "no registers of kernel {kernel} on {target} in the output of ptxas -v");
+            assert!(!hot || f.spills == 0, "kernel {kernel} spills {} bytes on {target}", f.spills);
         }
     }
 }

@@ -10,7 +10,8 @@
 //
 // Rows in shared memory are an odd number of 16-byte pieces apart: the eight rows of an 8x8 matrix
 // lie in different banks. Steps begin at multiples of KEYS, whatever the tile and the chunk, and no
-// row's arithmetic depends on the other rows, so a token's output does not depend on how its prompt is cut.
+// row's arithmetic depends on the other rows, so no bit of a token's output depends on how its prompt is
+// cut, nor on which of the two tiles a step uses.
 #include "common.cuh"
 
 namespace prefill {
@@ -275,24 +276,24 @@ template <class T, int HD, int WARPS, int TALL, int KEYS> struct Attention {
 
 }  // namespace prefill
 
-// Blocks of WARPS warps; src/backend/cuda/launch.rs knows rows and keys of each.
-#define PREFILL(name, type, hd, warps, tall, keys, blocks)                                                     \
-    KERNEL(32 * warps, blocks) attention_prefill##name##_##type##_##hd(const GRID_CONSTANT PrefillParams p) { \
-        prefill::Attention<type, hd, warps, tall, keys>::run(p);                                               \
+// Two tiles: the large one reads the least a FLOP, the small one makes twice as many blocks of a step that
+// has few. src/backend/cuda/launch.rs knows rows and keys of each, and chooses. They share KEYS, so both
+// give a row the same bits.
+#define PREFILL(name, type, hd, tall, keys)                                                     \
+    KERNEL(128, 2) attention_prefill##name##_##type##_##hd(const GRID_CONSTANT PrefillParams p) { \
+        prefill::Attention<type, hd, 4, tall, keys>::run(p);                                    \
     }
-#define PREFILL_TYPE(type)              \
-    PREFILL(, type, 64, 4, 2, 64, 2)    \
-    PREFILL(, type, 80, 4, 2, 64, 2)    \
-    PREFILL(, type, 96, 4, 2, 64, 2)    \
-    PREFILL(, type, 128, 4, 2, 64, 2)   \
-    PREFILL(, type, 256, 4, 1, 32, 2)
+#define PREFILL_SIZE(type, hd)       \
+    PREFILL(, type, hd, 2, 64)       \
+    PREFILL(_small, type, hd, 1, 64)
+#define PREFILL_TYPE(type)   \
+    PREFILL_SIZE(type, 64)   \
+    PREFILL_SIZE(type, 80)   \
+    PREFILL_SIZE(type, 96)   \
+    PREFILL_SIZE(type, 128)  \
+    PREFILL(, type, 256, 1, 32)
 PREFILL_TYPE(bf16)
 PREFILL_TYPE(f16)
 #undef PREFILL_TYPE
-// Other cuts, for the benchmark to compare.
-PREFILL(_8x16, bf16, 128, 8, 1, 64, 1)
-PREFILL(_4x16, bf16, 128, 4, 1, 64, 2)
-PREFILL(_8x32, bf16, 128, 8, 2, 64, 1)
-PREFILL(_12x16, bf16, 128, 12, 1, 48, 1)
-PREFILL(_8x16_128, bf16, 128, 8, 1, 128, 1)
+#undef PREFILL_SIZE
 #undef PREFILL

@@ -2,7 +2,7 @@
 
 use crate::bench::{Bench, Rng, close};
 use crate::orders;
-use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::launch::{Kernels, TileSize};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -301,8 +301,6 @@ struct Prompts {
     chunks: Vec<(usize, usize)>,
     /// The second sequence begins with the first one's pages, this many.
     shared: usize,
-    /// Another cut of the kernel; empty: the one in use.
-    cut: &'static str,
 }
 
 fn prompts() -> Prompts {
@@ -314,7 +312,6 @@ fn prompts() -> Prompts {
         window: usize::MAX,
         chunks: vec![(70, 70), (100, 9), (16, 1), (33, 17), (1, 1), (300, 20)],
         shared: 0,
-        cut: "",
     }
 }
 
@@ -352,19 +349,6 @@ fn prefill_in_any_order_of_threads() {
     }
 }
 
-#[test]
-fn prefill_other_cuts() {
-    for cut in Kernels::prefill_cuts() {
-        for (group, window) in [(1, usize::MAX), (4, 70), (7, usize::MAX)] {
-            let chunks = vec![(70, 70), (100, 9), (1, 1), (300, 20), (130, 130), (193, 65)];
-            prefill(
-                &Bench::new(3),
-                &Prompts { hd: 128, kv_heads: 1, group, window, chunks, cut, ..prompts() },
-            );
-        }
-    }
-}
-
 /// Prompts that end just before, at and after the ends of pages, steps and tiles.
 #[test]
 fn prefill_lengths_around_every_boundary() {
@@ -395,33 +379,56 @@ fn prefill_shared_pages() {
     prefill(&Bench::new(0), &Prompts { group: 4, shared: 4, chunks, ..prompts() });
 }
 
-/// How a prompt is cut into chunks changes no bit of its output.
+/// How a prompt is cut into chunks, and these into tiles, changes no bit of its output.
 #[test]
 fn prefill_chunks_do_not_change_the_result() {
     for (hd, group, window) in [(64, 1, usize::MAX), (128, 4, usize::MAX), (80, 5, 50), (256, 2, 40)] {
-        let of = |chunk: usize| {
+        let of = |chunk: usize, tile| {
             let (length, kv_heads) = (150, 1);
             let p = Prompts { hd, group, window, kv_heads, chunks: vec![(length, length)], ..prompts() };
             let mut all = vec![];
             for at in (0..length).step_by(chunk) {
                 let n = chunk.min(length - at);
-                all.extend(prefill_part(&Bench::new(0), &p, &[(at + n, n)]));
+                all.extend(prefill_part(&Bench::new(0), &p, &[(at + n, n)], tile));
             }
             all
         };
-        let whole = of(150);
-        for chunk in [7, 16, 33, 64, 149] {
-            assert!(of(chunk) == whole, "chunks of {chunk}, head size {hd}, group {group}");
+        let whole = of(150, TileSize::Large);
+        for (chunk, tile) in [7, 16, 33, 64, 149].into_iter().flat_map(|n| TILES.map(|t| (n, t))) {
+            assert!(of(chunk, tile) == whole, "chunks of {chunk}, {tile:?}, head size {hd}, group {group}");
         }
     }
 }
 
+/// Figures of an H100, where the choice was measured (TFLOP/s, large and small tiles).
+#[test]
+fn prefill_tile_size_by_work_of_a_multiprocessor() {
+    for (group, kv_heads, context, tokens, expected) in [
+        (4, 8, 512, 512, TileSize::Small),    // 86, 98
+        (4, 8, 1024, 1024, TileSize::Small),  // 165, 193
+        (1, 32, 1024, 1024, TileSize::Small), // 165, 191
+        (4, 8, 2048, 2048, TileSize::Large),  // 307, 222
+        (1, 32, 2048, 2048, TileSize::Large), // 302, 220
+        (4, 8, 8704, 512, TileSize::Small),   // 203, 237
+    ] {
+        let k = Kernels::new(DType::BF16, 128, group, 132, 227 * 1024).unwrap();
+        let each = k.tile_tokens(TileSize::Large);
+        let seen = (0..tokens).step_by(each as usize).map(|at| context - tokens + at + each);
+        assert!(k.tile_size(seen, kv_heads) == expected, "{tokens} of {context}, {kv_heads} KV heads");
+    }
+}
+
+const TILES: [TileSize; 2] = [TileSize::Large, TileSize::Small];
+
+/// Runs the prompts with both tiles, whose output must be the same bits.
 fn prefill(bench: &Bench, p: &Prompts) -> Vec<u8> {
-    prefill_part(bench, p, &p.chunks)
+    let [large, small] = TILES.map(|tile| prefill_part(bench, p, &p.chunks, tile));
+    assert!(large == small, "head size {}, group {}", p.hd, p.group);
+    large
 }
 
 /// Runs `chunks` of the prompts (the same tokens as in any other call with these prompts).
-fn prefill_part(bench: &Bench, p: &Prompts, chunks: &[(usize, usize)]) -> Vec<u8> {
+fn prefill_part(bench: &Bench, p: &Prompts, chunks: &[(usize, usize)], tile: TileSize) -> Vec<u8> {
     let (hd, group, heads) = (p.hd, p.group, p.kv_heads * p.group);
     let mut rng = Rng(hd as u64 + group as u64);
     let lengths: Vec<usize> = p.chunks.iter().map(|c| c.0).collect();
@@ -432,15 +439,13 @@ fn prefill_part(bench: &Bench, p: &Prompts, chunks: &[(usize, usize)]) -> Vec<u8
     }
     // A query for every token of the cache, the step's picked from them.
     let queries: Vec<Vec<f64>> = lengths.iter().map(|l| rng.vector(l * heads * hd, 1.0, p.dtype)).collect();
-    let mut k = Kernels::new(p.dtype, hd as u32, group as u32, 3, 227 * 1024).unwrap();
-    if !p.cut.is_empty() {
-        k = k.with_prefill_cut(p.cut).unwrap();
-    }
+    let k = Kernels::new(p.dtype, hd as u32, group as u32, 3, 227 * 1024).unwrap();
+    let each = k.tile_tokens(tile) as usize;
     let (mut q, mut tiles, mut tables, mut expected) = (vec![], vec![], vec![], vec![]);
     let mut row = 0;
     for (b, &(context, n)) in chunks.iter().enumerate() {
-        for at in (0..n).step_by(k.tile_tokens() as usize) {
-            let tokens = (n - at).min(k.tile_tokens() as usize);
+        for at in (0..n).step_by(each) {
+            let tokens = (n - at).min(each);
             tiles.extend([row + at, tokens, context - n + at, context, tables.len()].map(|v| v as u32));
         }
         for position in context - n..context {
@@ -481,13 +486,13 @@ fn prefill_part(bench: &Bench, p: &Prompts, chunks: &[(usize, usize)]) -> Vec<u8
         window: if p.window == usize::MAX { NONE } else { p.window as u32 },
         scale: LOG2_E / (hd as f32).sqrt(),
     };
-    bench.start(&k.prefill(tiles.len() as u32 / 5, p.kv_heads as u32), &params);
+    bench.start(&k.prefill(tile, tiles.len() as u32 / 5, p.kv_heads as u32), &params);
     let limit = if p.dtype == DType::BF16 { 4e-3 } else { 1e-3 };
     close(
         &bench.read_half(out, expected.len(), p.dtype),
         &expected,
         limit,
-        &format!("prefill hd {hd} group {group} window {} {chunks:?}", p.window),
+        &format!("prefill hd {hd} group {group} window {} {chunks:?} {tile:?}", p.window),
     );
     bench.bytes(out, 2 * expected.len())
 }

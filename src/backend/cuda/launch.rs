@@ -38,9 +38,10 @@ macro_rules! names {
             "attention_prefill_bf16_128", "attention_prefill_bf16_256",
             "attention_prefill_f16_64", "attention_prefill_f16_80", "attention_prefill_f16_96",
             "attention_prefill_f16_128", "attention_prefill_f16_256",
-            "attention_prefill_8x16_bf16_128", "attention_prefill_4x16_bf16_128",
-            "attention_prefill_8x32_bf16_128", "attention_prefill_12x16_bf16_128",
-            "attention_prefill_8x16_128_bf16_128",
+            "attention_prefill_small_bf16_64", "attention_prefill_small_bf16_80",
+            "attention_prefill_small_bf16_96", "attention_prefill_small_bf16_128",
+            "attention_prefill_small_f16_64", "attention_prefill_small_f16_80",
+            "attention_prefill_small_f16_96", "attention_prefill_small_f16_128",
             "linear_skinny_bf16_1", "linear_skinny_bf16_2", "linear_skinny_bf16_4", "linear_skinny_bf16_8",
             "linear_skinny_f16_1", "linear_skinny_f16_2", "linear_skinny_f16_4", "linear_skinny_f16_8",
             "linear_up_bf16_1", "linear_up_bf16_2", "linear_up_bf16_4", "linear_up_bf16_8",
@@ -82,34 +83,15 @@ pub const DECODE_MIN_PAGES: u32 = 6;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
 
-/// What one block of the prefill attention works on, as `cuda/attention_prefill.cu` instantiates it.
-#[derive(Clone, Copy, Debug)]
-struct PrefillTile {
-    warps: u32,
-    /// Packed query rows.
-    rows: u32,
-    /// Tokens of the cache a step.
-    keys: u32,
+/// What one block of the prefill attention works on, see `cuda/attention_prefill.cu`. No bit of the
+/// output depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TileSize {
+    /// Reads the cache least often.
+    Large,
+    /// Half the rows, for steps with few large tiles; the same as `Large` at head size 256.
+    Small,
 }
-
-impl PrefillTile {
-    fn of(head_dim: u32) -> PrefillTile {
-        match head_dim {
-            0..=128 => PrefillTile { warps: 4, rows: 128, keys: 64 },
-            _ => PrefillTile { warps: 4, rows: 64, keys: 32 },
-        }
-    }
-}
-
-/// Other cuts of the prefill attention at bf16 and head size 128, for the benchmark to compare: name
-/// (warps x rows of a warp), and the tile.
-const PREFILL_CUTS: [(&str, PrefillTile); 5] = [
-    ("8x16", PrefillTile { warps: 8, rows: 128, keys: 64 }),
-    ("4x16", PrefillTile { warps: 4, rows: 64, keys: 64 }),
-    ("8x32", PrefillTile { warps: 8, rows: 256, keys: 64 }),
-    ("12x16", PrefillTile { warps: 12, rows: 192, keys: 48 }),
-    ("8x16_128", PrefillTile { warps: 8, rows: 128, keys: 128 }),
-];
 
 /// Choices between launches that compute the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,8 +132,8 @@ pub struct Kernels {
     transpose: Id,
     convert: Id,
     decode: Id,
-    prefill: Id,
-    prefill_tile: PrefillTile,
+    /// Large tiles, small ones.
+    prefill: [Id; 2],
     skinny: [Id; 4],
     up: [Id; 4],
     router: [Id; 4],
@@ -231,8 +213,11 @@ impl Kernels {
             transpose: by_name("transpose16")?,
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
-            prefill: sized("attention_prefill").map_err(unsupported)?,
-            prefill_tile: PrefillTile::of(head_dim),
+            prefill: [
+                sized("attention_prefill").map_err(unsupported)?,
+                sized(if head_dim > 128 { "attention_prefill" } else { "attention_prefill_small" })
+                    .map_err(unsupported)?,
+            ],
             skinny: by_rows("linear_skinny")?,
             up: by_rows("linear_up")?,
             router: by_rows("router_scores")?,
@@ -390,33 +375,39 @@ impl Kernels {
         Launch { kernel: self.decode, grid: (self.decode_workers(), 1), threads: 128, shared }
     }
 
-    /// Names of the other cuts of the prefill attention at bf16 and head size 128.
-    pub fn prefill_cuts() -> impl Iterator<Item = &'static str> {
-        PREFILL_CUTS.iter().map(|c| c.0)
-    }
-
-    /// The same kernels with another cut of the prefill attention.
-    pub fn with_prefill_cut(self, name: &str) -> Result<Kernels> {
-        let cut = PREFILL_CUTS.iter().find(|c| c.0 == name && self.head_dim == 128);
-        let tile = cut.ok_or_else(|| Error::invalid(format!("no cut {name} of the prefill attention")))?.1;
-        Ok(Kernels {
-            prefill: by_name(&format!("attention_prefill_{name}_bf16_128"))?,
-            prefill_tile: tile,
-            ..self
-        })
+    /// Packed query rows of a prefill tile, and tokens of the cache a step.
+    fn prefill_sizes(&self, tile: TileSize) -> (u32, u32) {
+        match (self.head_dim, tile) {
+            (129.., _) => (64, 32),
+            (_, TileSize::Large) => (128, 64),
+            (_, TileSize::Small) => (64, 64),
+        }
     }
 
     /// Query tokens of one prefill tile.
-    pub fn tile_tokens(&self) -> u32 {
-        self.prefill_tile.rows / self.group
+    pub fn tile_tokens(&self, tile: TileSize) -> u32 {
+        self.prefill_sizes(tile).0 / self.group
+    }
+
+    /// The tile for a step, by how many tokens of the cache each of its large tiles sees.
+    ///
+    /// A large tile is about 1.4 times as fast where two share each multiprocessor, and slower where it is
+    /// alone on one: the longest block, or one block a multiprocessor, then bounds the step. So large tiles
+    /// are taken when they are worth at least 1.5 of the longest one a multiprocessor (on an H100 small ones
+    /// win at 1.0, large ones at 1.9).
+    pub fn tile_size(&self, seen: impl Iterator<Item = u32>, kv_heads: u32) -> TileSize {
+        let (longest, sum) =
+            seen.fold((0, 0), |(longest, sum), n| (longest.max(u64::from(n)), sum + u64::from(n)));
+        let enough = 3 * longest * u64::from(self.multiprocessors);
+        if 2 * sum * u64::from(kv_heads) >= enough { TileSize::Large } else { TileSize::Small }
     }
 
     /// Prefill attention over `tiles` tiles.
-    pub fn prefill(&self, tiles: u32, kv_heads: u32) -> Launch {
-        let tile = self.prefill_tile;
+    pub fn prefill(&self, tile: TileSize, tiles: u32, kv_heads: u32) -> Launch {
+        let (rows, keys) = self.prefill_sizes(tile);
         // The queries and three loads of the cache, rows 16 bytes apart.
-        let shared = (tile.rows + 3 * tile.keys) * (2 * self.head_dim + 16);
-        Launch { kernel: self.prefill, grid: (tiles * kv_heads, 1), threads: 32 * tile.warps, shared }
+        let shared = (rows + 3 * keys) * (2 * self.head_dim + 16);
+        Launch { kernel: self.prefill[tile as usize], grid: (tiles * kv_heads, 1), threads: 128, shared }
     }
 
     /// `x [rows][k]` times `w [n][k]`: the launch, and into how many parts the sum is cut.

@@ -221,7 +221,7 @@ impl<D: Device> Backend for Cuda<D> {
         if step.plan.source == Source::Oracle {
             return Err(Error::unsupported("selection by oracle on a CUDA device"));
         }
-        s.tables.send(step, w.spec.num_kv_heads, w.spec.window)?;
+        s.tables.send(step, &s.kernels, w.spec.num_kv_heads, w.spec.window)?;
         s.sampling.clear()?;
         s.scored = None;
         s.heads_selected = None;

@@ -2,7 +2,7 @@
 
 use super::buckets::buckets;
 use super::device::Device;
-use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS};
+use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::params::{Partial, Ptr};
 use super::sampling::{self, Sampling};
@@ -112,7 +112,7 @@ impl<D: Device> CudaScratch<D> {
         if r.iter().any(|l| l.rank > 0) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
         }
-        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens())?;
+        let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens(TileSize::Small))?;
         let lay = |at: Ptr| {
             let mut p = Places::from(at);
             let buffers = places(s, k, r, limits, &w.spec.position, &mut p);
@@ -231,7 +231,7 @@ fn places(
         parts: p.take(k.decode_workers() as usize * 2 * group * (s.hd + 4), 4),
         counters: p.take(batch * s.kv_heads, 4),
         rotation: p.take(rotation, 4),
-        tables: p.take(tables::bytes(limits, s.layers, k.tile_tokens()) as usize, 1),
+        tables: p.take(tables::bytes(limits, s.layers, k.tile_tokens(TileSize::Small)) as usize, 1),
     }
 }
 

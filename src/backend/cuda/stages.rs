@@ -338,7 +338,7 @@ impl<D: Device> Cuda<D> {
                 window: w.spec.window.unwrap_or(NONE),
                 scale,
             };
-            self.go(s, &s.kernels.prefill(s.tables.n_tiles, kv_heads), &params)?;
+            self.go(s, &s.kernels.prefill(s.tables.tile_size, s.tables.n_tiles, kv_heads), &params)?;
         }
         if s.kernels.tuning.join_early {
             self.device.join()?;

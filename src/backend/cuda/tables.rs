@@ -5,6 +5,7 @@
 
 use super::buckets::bucket;
 use super::device::Device;
+use super::launch::{Kernels, TileSize};
 use super::memory::HostWords;
 use super::params::{NONE, Ptr, SEGMENT_COST};
 use crate::backend::{Limits, PAGE_TOKENS, SeqStep, Step};
@@ -55,13 +56,12 @@ pub(super) struct Tables<D: Device> {
     limits: Limits,
     layout: Layout,
     used: usize,
-    /// Query tokens of a prefill tile.
-    tile_tokens: u32,
     /// Plans used, and which of them each layer uses.
     n_plans: usize,
     pub(super) layer_plan: Vec<u16>,
-    /// Prefill tiles of this step.
+    /// Prefill tiles of this step, and their kind.
     pub(super) n_tiles: u32,
+    pub(super) tile_size: TileSize,
     /// Some sequence's MLP runs in this mode.
     pub(super) any_reference: bool,
     pub(super) any_invariant: bool,
@@ -120,7 +120,7 @@ pub(super) fn bytes(limits: &Limits, layers: usize, tile_tokens: u32) -> u64 {
 }
 
 impl<D: Device> Tables<D> {
-    /// Words for the largest step, prompts cut into tiles of `tile_tokens`.
+    /// Words for the largest step, prompts cut into tiles of at least `tile_tokens`.
     pub(super) fn new(
         device: &Arc<D>,
         limits: &Limits,
@@ -136,10 +136,10 @@ impl<D: Device> Tables<D> {
             limits: *limits,
             layout: Layout::default(),
             used: 0,
-            tile_tokens,
             n_plans: 0,
             layer_plan: try_vec(layers, 0, "plans")?,
             n_tiles: 0,
+            tile_size: TileSize::Large,
             any_reference: false,
             any_invariant: false,
             all_reference: false,
@@ -207,7 +207,13 @@ impl<D: Device> Tables<D> {
     }
 
     /// Fills the tables for a step that was checked, and starts their copy.
-    pub(super) fn send(&mut self, step: &Step, kv_heads: u32, window: Option<u32>) -> Result<()> {
+    pub(super) fn send(
+        &mut self,
+        step: &Step,
+        kernels: &Kernels,
+        kv_heads: u32,
+        window: Option<u32>,
+    ) -> Result<()> {
         if step.pages.len() > self.most_pages {
             return Err(Error::invalid("step: more block table entries than the engine was made for"));
         }
@@ -264,8 +270,18 @@ impl<D: Device> Tables<D> {
         self.layout = Layout { plans: w.next, ..t };
         self.n_plans = fill_plans(&mut w, &t, step, kv_heads, &mut self.layer_plan);
         self.layout.tiles = w.next;
-        self.n_tiles = step.seqs.iter().map(|s| put_tiles(&mut w, s, self.tile_tokens)).sum();
-        sort_tiles(&mut w.words[self.layout.tiles..w.next], window);
+        let large = kernels.tile_tokens(TileSize::Large);
+        let tiles = step.seqs.iter().flat_map(|s| tiles_of(s, large));
+        self.tile_size = kernels.tile_size(tiles.map(|t| seen(&t, window)), kv_heads);
+        let tokens = kernels.tile_tokens(self.tile_size);
+        for tile in step.seqs.iter().flat_map(|s| tiles_of(s, tokens)) {
+            w.words[w.next..w.next + TILE_WORDS].copy_from_slice(&tile);
+            w.next += TILE_WORDS;
+        }
+        let (tiles, _) = w.words[self.layout.tiles..w.next].as_chunks_mut::<TILE_WORDS>();
+        // The tiles that see the most tokens start first, over all prompts of the step.
+        tiles.sort_unstable_by_key(|t| (Reverse(seen(t, window)), t[0]));
+        self.n_tiles = tiles.len() as u32;
         w.next = w.next.next_multiple_of(4);
         self.layout.pages = w.list(&step.pages, step.pages.len());
         self.any_reference = n_reference > 0;
@@ -333,24 +349,16 @@ fn put_plan(w: &mut Writer<'_>, t: &Layout, n: usize, keep: impl Fn(usize) -> u3
     }
 }
 
-/// Tiles of a sequence's prompt, one after another; how many there are.
-fn put_tiles(w: &mut Writer<'_>, seq: &SeqStep, tile_tokens: u32) -> u32 {
-    if seq.decode {
-        return 0;
-    }
-    let tiles = seq.n_rows.div_ceil(tile_tokens);
-    for i in 0..tiles {
-        let at = i * tile_tokens;
-        let tokens = tile_tokens.min(seq.n_rows - at);
-        let tile = [seq.first_row + at, tokens, seq.context - seq.n_rows + at, seq.context, seq.first_page];
-        w.words[w.next..w.next + tile.len()].copy_from_slice(&tile);
-        w.next += tile.len();
-    }
-    tiles
+/// Tiles of a sequence's prompt, as a `PrefillTile` of the kernels; none of one that decodes.
+fn tiles_of(seq: &SeqStep, tile_tokens: u32) -> impl Iterator<Item = [u32; TILE_WORDS]> {
+    let rows = if seq.decode { 0 } else { seq.n_rows };
+    (0..rows).step_by(tile_tokens as usize).map(move |at| {
+        let tokens = tile_tokens.min(rows - at);
+        [seq.first_row + at, tokens, seq.context - rows + at, seq.context, seq.first_page]
+    })
 }
 
-/// The tiles that see the most tokens start first, over all prompts of the step.
-fn sort_tiles(words: &mut [u32], window: u32) {
-    let (tiles, _) = words.as_chunks_mut::<TILE_WORDS>();
-    tiles.sort_unstable_by_key(|&[row, tokens, position, ..]| (Reverse(position.min(window) + tokens), row));
+/// Tokens of the cache that a tile sees, about.
+fn seen(&[_, tokens, position, ..]: &[u32; TILE_WORDS], window: u32) -> u32 {
+    position.min(window) + tokens
 }
