@@ -4,7 +4,7 @@ mod common;
 
 use common::{Library, compiler, root, run, scratch};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 fn build(library: &Library, file: &str) -> PathBuf {
     let program = library.folder.join(file.split('.').next().unwrap_or(file));
@@ -67,6 +67,7 @@ fn operators() {
 mod with_text {
     use super::*;
     use std::io::Write;
+    use std::process::Stdio;
 
     #[test]
     fn generate() {

@@ -9,7 +9,7 @@ use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{
     Backend, History, Limits, NO_LOGITS, PAGE_TOKENS, Report, SeqStep, Step, WeightOptions,
 };
-use polar_sparsity::model::ModelSpec;
+use polar_sparsity::model::{Activation, ModelSpec};
 use polar_sparsity::sample::Params;
 use polar_sparsity::sparsity::{MlpMode, Options, Policy, RouterInfo, SeqDemand, SeqSetting};
 use std::time::Instant;
@@ -24,6 +24,8 @@ pub struct Rig {
     /// Bytes of weights that a step reads: all of them, less an embedding table that is not also
     /// the head.
     read: u64,
+    /// Bytes of the MLP routers.
+    mlp_routers: u64,
 }
 
 /// A cache and scratch for batches up to a size.
@@ -49,10 +51,14 @@ impl Rig {
         let weights = cpu.upload(&Random::new(spec.clone()), options, &mut |_, _| 0)?;
         let file = routers::random(&spec, mlp_share)?;
         let routers = cpu.upload_routers(&spec, &file)?;
+        let attention =
+            routers::random(&ModelSpec { activation: Activation::SiluGated, ..spec.clone() }, mlp_share)?;
+        let bytes = |file| Ok(cpu.footprint(&spec, options, Some(file), None)?.routers);
+        let mlp_routers = bytes(&file)? - bytes(&attention)?;
         let table = u64::from(spec.vocab_size) * u64::from(spec.hidden_size) * 2;
         // An int8 head is a matrix of its own beside the table.
         let read = cpu.weight_bytes(&weights) - if options.dtype.is_some() { table } else { 0 };
-        Ok(Rig { cpu, weights, routers, info: file.info().clone(), spec, read })
+        Ok(Rig { cpu, weights, routers, info: file.info().clone(), spec, read, mlp_routers })
     }
 
     pub fn cache(&self, batch: usize, context: usize, rows: usize) -> Result<Cache> {
@@ -195,8 +201,8 @@ impl Rig {
             let spec = &self.spec;
             let matrices =
                 2 * u64::from(spec.ffn_size) * u64::from(spec.hidden_size) * 2 * u64::from(spec.num_layers);
-            let router = 1024 * u64::from(spec.hidden_size + spec.ffn_size) * 2 * u64::from(spec.num_layers);
-            bytes = bytes - matrices + (matrices as f64 * run as f64 / total as f64) as u64 + router;
+            bytes =
+                bytes - matrices + (matrices as f64 * run as f64 / total as f64) as u64 + self.mlp_routers;
         }
         bytes
     }

@@ -2,7 +2,7 @@
 
 use super::matrix::Mat;
 use super::simd::Isa;
-use super::sizes::weight_dtype;
+use super::sizes::{router_dtype, weight_dtype};
 use crate::backend::{Progress, WeightOptions};
 use crate::dtype::{DType, widen};
 use crate::error::{Error, Result, Status, try_with_capacity};
@@ -284,8 +284,7 @@ impl Loader<'_> {
     }
 }
 
-/// Reads routers. Attention routers are kept in f32, so that near ties fall as a reference would
-/// have them; MLP routers as stored.
+/// Reads routers, as [`router_dtype`] keeps them.
 pub(super) fn upload_routers(pool: &Pool, spec: &ModelSpec, file: &RouterFile) -> Result<CpuRouters> {
     let n = spec.num_layers as usize;
     let hidden = spec.hidden_size as usize;
@@ -298,7 +297,7 @@ pub(super) fn upload_routers(pool: &Pool, spec: &ModelSpec, file: &RouterFile) -
                 AttnUnit::Head => spec.num_heads,
                 AttnUnit::KvHead => spec.num_kv_heads,
             } as usize;
-            let mat = router_matrix(pool, file, l, RouterTensor::AttnWeight, Some(DType::F32), rows, hidden)?;
+            let mat = router_matrix(pool, file, l, RouterTensor::AttnWeight, rows, hidden)?;
             let mut bias = Buf::zeroed(rows, "router bias")?;
             let info = router_info(file, l, RouterTensor::AttnBias)?;
             let mut bytes = crate::error::try_vec(rows * info.dtype.size(), 0u8, "router bias")?;
@@ -311,8 +310,8 @@ pub(super) fn upload_routers(pool: &Pool, spec: &ModelSpec, file: &RouterFile) -
             let rank = rank as usize;
             routers.rank = routers.rank.max(rank);
             layer.mlp = Some((
-                router_matrix(pool, file, l, RouterTensor::MlpDown, None, rank, hidden)?,
-                router_matrix(pool, file, l, RouterTensor::MlpUp, None, spec.ffn_size as usize, rank)?,
+                router_matrix(pool, file, l, RouterTensor::MlpDown, rank, hidden)?,
+                router_matrix(pool, file, l, RouterTensor::MlpUp, spec.ffn_size as usize, rank)?,
             ));
         }
         routers.layers.push(layer);
@@ -330,7 +329,6 @@ fn router_matrix(
     file: &RouterFile,
     layer: usize,
     which: RouterTensor,
-    dtype: Option<DType>,
     rows: usize,
     columns: usize,
 ) -> Result<Mat> {
@@ -341,7 +339,7 @@ fn router_matrix(
             info.shape
         )));
     }
-    let mut mat = Mat::new(dtype.unwrap_or(info.dtype), rows, columns)?;
+    let mut mat = Mat::new(router_dtype(which, info.dtype), rows, columns)?;
     let row = columns * info.dtype.size();
     let step = (PIECE / row.max(1)).max(1);
     let mut staging = crate::error::try_vec(step.min(rows) * row, 0u8, "loading buffer")?;

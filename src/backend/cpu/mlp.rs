@@ -2,12 +2,10 @@
 
 use super::attention::{norm_rows, site_name};
 use super::load::{CpuRouters, CpuWeights, Layer, Linear};
-use super::matrix::Mat;
 use super::product::{Act, Cx, Into, MAX_BLOCK, ROW_BLOCK, add, block, product};
 use super::scratch::{CpuScratch, Local, Selection};
-use super::simd::{self, Acts, Isa, Pick, dots, outer};
+use super::simd::{self, Acts, Pick, dots, outer};
 use crate::backend::{Live, Step};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::Activation;
 use crate::sparsity::router::AttnUnit;
@@ -28,7 +26,7 @@ pub(super) fn route(
 ) -> Result<()> {
     let missing = || Error::invalid(format!("layer {layer} has no {} router", site_name(site)));
     let routers = r.layers.get(layer).ok_or_else(missing)?;
-    let CpuScratch { locals, h, h_acts, hidden_stride, select, .. } = s;
+    let CpuScratch { locals, h, hidden_stride, select, .. } = s;
     match site {
         Site::Attn => {
             let (unit, linear) = routers.attn.as_ref().ok_or_else(missing)?;
@@ -42,31 +40,15 @@ pub(super) fn route(
             list_routed(select, step, layer);
             let rows = Pick::List(&select.routed);
             let n = rows.len();
-            let x = if h_acts.is_bf16() && pairs(cx.isa, down) {
-                h_acts.acts()
-            } else {
-                (Acts::F32(h), *hidden_stride)
-            };
-            let width = select.low_stride;
-            product(cx, locals, x, rows, (down, None), Into::Store, (&mut select.low, width));
-            let rows = Pick::Range(0, n);
-            let low = if pairs(cx.isa, up) {
-                simd::to_bf16(cx.isa, &select.low[..n * width], &mut select.low_acts[..n * width]);
-                Acts::Bf16(&select.low_acts)
-            } else {
-                Acts::F32(&select.low)
-            };
+            let (x, width) = ((Acts::F32(h), *hidden_stride), select.low_stride);
+            product(cx.before(&[up]), locals, x, rows, (down, None), Into::Store, (&mut select.low, width));
+            let (low, rows) = ((Acts::F32(&select.low), width), Pick::Range(0, n));
             let to = (&mut select.mlp_logits[..], up.rows);
-            product(cx, locals, (low, width), rows, (up, None), Into::Store, to);
+            product(cx, locals, low, rows, (up, None), Into::Store, to);
             select.mlp_layer = Some((layer, up.rows));
         }
     }
     Ok(())
-}
-
-/// Whether a matrix is multiplied in pairs of bf16.
-fn pairs(isa: Isa, mat: &Mat) -> bool {
-    isa.bf16_products() && mat.dtype == DType::BF16
 }
 
 /// Decode rows whose MLP is sparse in this layer: reference rows, then invariant rows.

@@ -135,7 +135,6 @@ pub(super) struct Selection {
     pub(super) chosen: Vec<u32>,
     /// Output of the router's first matrix.
     pub(super) low: Buf<f32>,
-    pub(super) low_acts: Buf<u16>,
     pub(super) low_stride: usize,
     /// `[routed row][neuron]`.
     pub(super) mlp_logits: Buf<f32>,
@@ -317,7 +316,6 @@ impl Selection {
             unit_scores: try_vec(kv_heads, 0.0, "router scores")?,
             chosen: try_with_capacity(kv_heads, "selections")?,
             low: Buf::zeroed(routed * low_stride, "router activations")?,
-            low_acts: Buf::zeroed(routed * low_stride, "router activations")?,
             low_stride,
             mlp_logits: Buf::zeroed(routed.saturating_mul(neurons), "router logits")?,
             mlp_layer: None,

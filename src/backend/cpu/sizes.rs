@@ -58,7 +58,20 @@ pub(super) fn weight_bytes(spec: &ModelSpec, dtype: DType) -> u64 {
     matrix(stored, vocab, hidden) + positions + u64::from(spec.num_layers) * layer + norm + head
 }
 
-/// Bytes of routers: attention's as f32, the MLP's as stored.
+/// Type in which a router's matrix is kept. Attention routers: f32, since they choose among few
+/// heads and near ties should fall as a reference would have them. MLP routers only rank thousands
+/// of neurons, and reading them is most of what a selection costs: those stored in half precision
+/// are kept in int8, which changes less than the trained fixture's score can show; those stored in
+/// f32 stay exact.
+pub(super) fn router_dtype(which: RouterTensor, stored: DType) -> DType {
+    match (which, stored) {
+        (RouterTensor::MlpDown | RouterTensor::MlpUp, DType::BF16 | DType::F16) => DType::I8,
+        (RouterTensor::MlpDown | RouterTensor::MlpUp, _) => stored,
+        (RouterTensor::AttnWeight | RouterTensor::AttnBias, _) => DType::F32,
+    }
+}
+
+/// Bytes of routers.
 pub(super) fn router_bytes(spec: &ModelSpec, file: &RouterFile) -> u64 {
     let mut sum = 0;
     for layer in 0..spec.num_layers as usize {
@@ -66,9 +79,8 @@ pub(super) fn router_bytes(spec: &ModelSpec, file: &RouterFile) -> u64 {
             let Some(info) = file.tensor(layer, which) else { continue };
             let dims = info.shape.dims();
             sum += match which {
-                RouterTensor::AttnWeight => matrix(DType::F32, dims[0], dims[1]),
                 RouterTensor::AttnBias => vector(true, dims[0]),
-                RouterTensor::MlpDown | RouterTensor::MlpUp => matrix(info.dtype, dims[0], dims[1]),
+                _ => matrix(router_dtype(which, info.dtype), dims[0], dims[1]),
             };
         }
     }

@@ -279,6 +279,14 @@ impl<L: Load> Dots<'_, L> {
             let mut acc: [[S::V; NR]; MR] = self.start::<S, MR, NR>(0, o, first);
             for j in 0..NR {
                 let w = self.w.add(self.outs.at(o + j) * self.stride_w);
+                // Behind a listed row lies one that nobody reads; the next listed one is.
+                let later = match self.outs {
+                    Pick::Range(..) => w.wrapping_add(far),
+                    Pick::List(list) => {
+                        let next = list[(o + j + 1).min(list.len() - 1)] as usize;
+                        self.w.wrapping_add(next * self.stride_w)
+                    }
+                };
                 let mut sums = [S::zero(); MR];
                 for i in 0..MR {
                     sums[i] = acc[i][j];
@@ -286,7 +294,7 @@ impl<L: Load> Dots<'_, L> {
                 let mut k = first;
                 while k < end {
                     let wv = L::w::<S>(w.add(k));
-                    S::prefetch(w.wrapping_add(k + far).cast());
+                    S::prefetch(later.wrapping_add(k).cast());
                     for i in 0..MR {
                         sums[i] = L::mul_add::<S>(sums[i], L::x::<S>(x[i].add(k)), wv);
                     }
