@@ -245,15 +245,13 @@ template <class T, int DEPTH, int COLUMN_WARPS> DEVICE void made(const DownParam
 
 }  // namespace down
 
-// Rows up to 16, 32, 64; the depths keep 112 to 160 KiB under way a multiprocessor. `half`: half the columns a
-// block, so half as many parts for the norm to add, and y read twice as often.
+// Rows up to 16, 32, 64; the depths keep 112 to 160 KiB under way a multiprocessor. Up to 16 rows a block has
+// half the columns: half as many parts for the norm to add, and y, which is small, read twice as often.
 #define DOWN(type)                                                                                                     \
-    KERNEL(256, 2) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 6, 4>(p); }       \
+    KERNEL(256, 2) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 5, 2>(p); }       \
     KERNEL(256, 2) linear_down_##type##_2(const GRID_CONSTANT LinearParams p) { down::given<type, 2, 5, 4>(p); }       \
     KERNEL(256, 1) linear_down_##type##_4(const GRID_CONSTANT LinearParams p) { down::given<type, 4, 8, 4>(p); }       \
-    KERNEL(256, 2) linear_down_half_##type(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 5, 2>(p); }      \
-    KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 6, 4>(p); }                    \
-    KERNEL(256, 2) mlp_down_half_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5, 2>(p); }
+    KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5, 2>(p); }
 DOWN(bf16)
 DOWN(f16)
 #undef DOWN

@@ -229,7 +229,8 @@ typedef struct {
   float attn_density;
   // Share of MLP neurons; 0 = the router file's tables; 1 = dense.
   float mlp_density;
-  // A layer whose share of neurons would be above this runs dense and skips its router; 0 = 0.8.
+  // A layer whose share of neurons would be above this runs dense and skips its router; 0 = where
+  // selecting stops paying on the device: 0.8 on the CPU, less with larger batches on a GPU.
   float mlp_dense_above;
   // For requests that name none.
   polar_mlp_mode mlp_mode;

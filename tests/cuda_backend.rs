@@ -329,8 +329,6 @@ fn side_work_may_run_at_any_time_before_the_join() {
     for seed in 1..3 {
         assert!(run(seed, Tuning::default()) == first, "seed {seed}");
     }
-    let early = Tuning { join_early: true, ..Tuning::default() };
-    assert!(run(3, early) == first, "joined before the output projection");
     let serial = Tuning { beside: false, ..Tuning::default() };
     assert!(run(0, serial) == first, "all in one stream");
     let unmade = Tuning { made: false, ..Tuning::default() };

@@ -224,14 +224,10 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
             product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
-            for half in [false, true] {
-                if rows <= MADE_ROWS {
-                    mlp(gpu, true, half, share, (rows, kept, d, ffn));
-                }
-                if rows <= 16 || !half {
-                    mlp(gpu, false, half, share, (rows, kept, d, ffn));
-                }
+            if rows <= MADE_ROWS {
+                mlp(gpu, true, share, (rows, kept, d, ffn));
             }
+            mlp(gpu, false, share, (rows, kept, d, ffn));
         }
     }
     for rows in [1, 8, 32, 64] {
@@ -311,9 +307,8 @@ fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {
 }
 
 /// Norm, up, activation and down of a layer one after another, as a step runs them.
-fn mlp(gpu: &Gpu, made: bool, half: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
-    let mut k = gpu.kernels(128, 1);
-    k.tuning.half = half;
+fn mlp(gpu: &Gpu, made: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
+    let k = gpu.kernels(128, 1);
     let matrix = u64::from(ffn) * u64::from(d) * 2;
     let copies = gpu.copies(2 * u64::from(kept) * u64::from(d) * 2);
     let (up, down) = (gpu.random(matrix / 2 * copies, 0.02), gpu.random(matrix / 2 * copies, 0.02));
@@ -385,8 +380,8 @@ fn mlp(gpu: &Gpu, made: bool, half: bool, share: f64, (rows, kept, d, ffn): (u32
     });
     gpu.report(
         "mlp",
-        &format!("norm, up, down {share} B={rows} made {made} half {half} splits {up_splits} {splits}"),
-        &format!(r#""rows":{rows},"share":{share},"made":{made},"half":{half}"#),
+        &format!("norm, up, down {share} B={rows} made {made} splits {up_splits} {splits}"),
+        &format!(r#""rows":{rows},"share":{share},"made":{made}"#),
         us,
         2.0 * f64::from(kept) * f64::from(d) * 2.0,
     );

@@ -14,17 +14,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments that make steps with another choice between equivalent launches.
-pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:half", "tuning:early"];
+pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade"];
 
 /// What those arguments say.
 fn tuning() -> Tuning {
     let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
-    Tuning {
-        beside: !wants("serial"),
-        made: !wants("unmade"),
-        half: wants("half"),
-        join_early: wants("early"),
-    }
+    Tuning { beside: !wants("serial"), made: !wants("unmade") }
 }
 
 struct Greedy;
@@ -213,8 +208,9 @@ fn make(
     }
     let options = Options::default();
     let page = cuda.page_bytes(weights) / PAGE_TOKENS as u64;
-    let policy =
-        Policy::new(&model.spec, Some(model.routers()), options, cuda.weight_bytes(weights), page).unwrap();
+    let policy = Policy::new(&model.spec, Some(model.routers()), options, cuda.weight_bytes(weights), page)
+        .unwrap()
+        .with_break_even(cuda.caps().mlp_break_even);
     policy.fill(&mut step.plan, &demands);
     step
 }

@@ -29,8 +29,6 @@ const Named kernels[] = {
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
     BOTH(mlp_down, DownParams)
-    BOTH(mlp_down_half, DownParams)
-    BOTH(linear_down_half, LinearParams)
     ROWS(linear_up, LinearParams)
     ROWS(router_scores, RouterParams)
     BOTH(linear_tile_nt, LinearParams)

@@ -38,6 +38,8 @@ pub struct Caps {
     pub asynchronous: bool,
     /// Can select by the true norm of each head's output (tests and quality tables).
     pub oracle: bool,
+    /// Share of neurons above which a layer's selective MLP is slower than the dense one, by batch.
+    pub mlp_break_even: fn(u32) -> f32,
 }
 
 /// Sizes fixed when an engine is created.

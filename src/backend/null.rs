@@ -7,8 +7,8 @@ use super::{
 };
 use crate::error::{Error, Result, Status, try_vec};
 use crate::model::{ModelSpec, Weights};
-use crate::sparsity::Counts;
 use crate::sparsity::router::RouterFile;
+use crate::sparsity::{Counts, mlp_break_even};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// What happens at the chosen stage call.
@@ -101,7 +101,7 @@ impl Backend for Null {
     type Scratch = NullScratch;
 
     fn caps(&self) -> Caps {
-        Caps { name: "null".to_owned(), asynchronous: false, oracle: true }
+        Caps { name: "null".to_owned(), asynchronous: false, oracle: true, mlp_break_even }
     }
 
     fn free_memory(&self) -> Result<u64> {

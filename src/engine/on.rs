@@ -103,7 +103,8 @@ impl<B: Backend> EngineOn<B> {
         b.check_room(w, routers.map(|r| &*r.routers), &sizes.limits)?;
         let kv_per_token = b.page_bytes(w) / PAGE_TOKENS as u64;
         let info = routers.map(|r| r.info.clone());
-        let policy = Policy::new(spec, info, options.sparsity, b.weight_bytes(w), kv_per_token)?;
+        let policy = Policy::new(spec, info, options.sparsity, b.weight_bytes(w), kv_per_token)?
+            .with_break_even(b.caps().mlp_break_even);
         let stats = empty_stats(sizes.limits.pages);
         let admission = Admission {
             vocab_size: spec.vocab_size,

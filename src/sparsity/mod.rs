@@ -9,7 +9,9 @@ pub mod policy;
 pub mod router;
 pub mod select;
 
-pub use policy::{MlpMode, MlpRule, Options, Plan, Policy, Rule, SeqDemand, SeqSetting, Source};
+pub use policy::{
+    MlpMode, MlpRule, Options, Plan, Policy, Rule, SeqDemand, SeqSetting, Source, mlp_break_even,
+};
 pub use router::{RouterFile, RouterInfo};
 
 /// Which of a layer's two sparse sites.

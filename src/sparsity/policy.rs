@@ -147,7 +147,8 @@ pub struct Options {
     pub attn_density: f32,
     /// MLP density: 0 = the file's `K_l(B)` tables; 1 = dense; else `floor(density * ffn_size)`.
     pub mlp_density: f32,
-    /// A layer whose `K_l(B) / ffn_size` is above this runs dense and skips its router; 0 = 0.8.
+    /// A layer whose `K_l(B) / ffn_size` is above this runs dense and skips its router; 0 = where the
+    /// device says that selecting stops paying.
     pub mlp_dense_above: f32,
     /// Default mode of requests that name none; `None` = reference if there are MLP routers.
     pub mlp_mode: Option<MlpMode>,
@@ -174,12 +175,15 @@ pub struct Policy {
     ffn_size: u32,
     weight_bytes: u64,
     kv_bytes_per_token: u64,
+    break_even: fn(u32) -> f32,
 }
 
 /// Below this bound on the speed-up, sparsity nobody asked for stays off.
 const MIN_GAIN: f64 = 1.05;
-/// Where a selective MLP stops paying, unless options say otherwise.
-const MLP_BREAK_EVEN: f32 = 0.8;
+/// Where a selective MLP stops paying, by the sequences of a batch, unless a device knows better.
+pub fn mlp_break_even(_batch: u32) -> f32 {
+    0.8
+}
 
 impl Policy {
     /// Checks options against the model and the router file.
@@ -221,7 +225,13 @@ impl Policy {
             ffn_size: spec.ffn_size,
             weight_bytes,
             kv_bytes_per_token,
+            break_even: mlp_break_even,
         })
+    }
+
+    /// The same policy for a device on which a selective MLP stops paying elsewhere.
+    pub fn with_break_even(self, break_even: fn(u32) -> f32) -> Policy {
+        Policy { break_even, ..self }
     }
 
     /// Resolves a request's own wishes (0 = engine default): attention density and MLP mode.
@@ -277,8 +287,12 @@ impl Policy {
             d if d >= 1.0 => return Rule::Dense,
             d => units(d, self.ffn_size),
         };
-        let above =
-            if self.options.mlp_dense_above > 0.0 { self.options.mlp_dense_above } else { MLP_BREAK_EVEN };
+        let above = match (self.options.mlp_dense_above, self.options.mlp_density) {
+            (0.0, 0.0) => (self.break_even)(batch),
+            // A density that was asked for is left out only where nothing could gain.
+            (0.0, _) => mlp_break_even(batch),
+            (above, _) => above,
+        };
         if k >= self.ffn_size || f64::from(k) > f64::from(above) * f64::from(self.ffn_size) {
             Rule::Dense
         } else {

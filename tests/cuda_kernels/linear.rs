@@ -23,12 +23,9 @@ struct Case {
     k: usize,
     /// Rows of w on disk when a list picks among them.
     stored: Option<usize>,
-    /// By the down product in blocks of half as many columns.
-    half: bool,
 }
 
-const PLAIN: Case =
-    Case { dtype: DType::BF16, layout: Layout::Rows, rows: 0, n: 0, k: 0, stored: None, half: false };
+const PLAIN: Case = Case { dtype: DType::BF16, layout: Layout::Rows, rows: 0, n: 0, k: 0, stored: None };
 
 fn product(bench: &Bench, c: &Case) -> Vec<u8> {
     let mut rng = Rng((c.rows * 7 + c.n * 3 + c.k) as u64);
@@ -50,8 +47,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
         let values = rng.vector(width, 0.1, c.dtype);
         w[row * width..(row + 1) * width].copy_from_slice(&values);
     }
-    let mut k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
-    k.tuning.half = c.half;
+    let k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
     let (rows, n, kk) = (c.rows as u32, c.n as u32, c.k as u32);
     let (launch, splits) = match (c.layout, c.stored) {
         (Layout::Rows, None) => k.linear(rows, n, kk),
@@ -130,7 +126,7 @@ fn skinny_products_of_listed_rows() {
 }
 
 /// The down product that makes its input: parts of the up product, biases, columns past the kept ones.
-fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, half: bool) -> Vec<u8> {
+fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize) -> Vec<u8> {
     let (dtype, stored) = (DType::BF16, kept + 40);
     let mut rng = Rng((rows * 5 + d + kept) as u64);
     let k = kept.next_multiple_of(8);
@@ -153,8 +149,7 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, h
     };
     let mut index: Vec<u32> = list.iter().map(|&i| i as u32).collect();
     index.resize(k, 0);
-    let mut kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
-    kernels.tuning.half = half;
+    let kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
     let (launch, cut) = kernels.mlp_down(d as u32, k as u32);
     let count = cut as usize * rows * d;
     let out = bench.room(4 * count);
@@ -194,12 +189,10 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize, h
 #[test]
 fn down_products_that_make_their_input() {
     for rows in 1..=4 {
-        made_down(&Bench::new(2), rows, 72, 131, 3, rows % 2 == 0);
+        made_down(&Bench::new(2), rows, 72, 131, 3);
     }
-    for (kept, splits, half) in
-        [(1, 1, true), (16, 2, false), (127, 16, false), (1100, 5, true), (2203, 4, false), (4100, 3, true)]
-    {
-        orders(|b| made_down(b, 3, 264, kept, splits, half));
+    for (kept, splits) in [(1, 1), (16, 2), (127, 16), (1100, 5), (2203, 4), (4100, 3)] {
+        orders(|b| made_down(b, 3, 264, kept, splits));
     }
 }
 
@@ -292,14 +285,12 @@ fn down_products_dense_and_of_listed_rows() {
         product(&Bench::new(0), &Case { rows, ..listed });
     }
     // Several chunks of columns a block.
-    for (rows, k, half) in [(3, 4808, false), (16, 7208, true), (20, 1600, false), (40, 2600, false)] {
-        product(&Bench::new(5), &Case { rows, n: 1288, k, stored: Some(k + 9), half, ..listed });
+    for (rows, k) in [(3, 4808), (16, 7208), (20, 1600), (40, 2600)] {
+        product(&Bench::new(5), &Case { rows, n: 1288, k, stored: Some(k + 9), ..listed });
     }
-    for half in [false, true] {
-        for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
-            let c = Case { dtype: DType::F16, rows: 5, n, k, stored: None, half, ..listed };
-            orders(|b| product(b, &c));
-        }
+    for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
+        let c = Case { dtype: DType::F16, rows: 5, n, k, stored: None, ..listed };
+        orders(|b| product(b, &c));
     }
 }
 

@@ -26,8 +26,8 @@ use crate::backend::step::Sampled;
 use crate::error::{Error, Result, Status};
 use crate::model::{ModelSpec, Position, Weights};
 use crate::sample;
-use crate::sparsity::Counts;
 use crate::sparsity::router::RouterFile;
+use crate::sparsity::{Counts, mlp_break_even};
 use crate::sys::ahead::Ahead;
 use crate::sys::alloc::{available, counted};
 use crate::sys::pool::Pool;
@@ -79,7 +79,7 @@ impl Backend for Cpu {
         let threads = self.pool.threads();
         let s = if threads == 1 { "" } else { "s" };
         let name = format!("cpu {}, {threads} thread{s}", self.isa.name());
-        Caps { name, asynchronous: false, oracle: true }
+        Caps { name, asynchronous: false, oracle: true, mlp_break_even }
     }
 
     fn free_memory(&self) -> Result<u64> {

@@ -55,7 +55,7 @@ macro_rules! names {
 }
 
 names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"linear_down_half" "mlp_down" "mlp_down_half" }
+"mlp_down" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -100,15 +100,11 @@ pub struct Tuning {
     pub beside: bool,
     /// The down product of up to [`MADE_ROWS`] rows makes its own input.
     pub made: bool,
-    /// The down product of up to 16 rows in blocks of 128 columns, not 256: half as many parts of its sum.
-    pub half: bool,
-    /// The side work is waited for before the output projection instead of after it.
-    pub join_early: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true, half: false, join_early: false }
+        Tuning { beside: true, made: true }
     }
 }
 
@@ -138,8 +134,7 @@ pub struct Kernels {
     up: [Id; 4],
     router: [Id; 4],
     down: [Id; 3],
-    down_half: Id,
-    mlp_down: [Id; 2],
+    mlp_down: Id,
     /// Choices that a measurement decides.
     pub tuning: Tuning,
     head_dim: u32,
@@ -226,8 +221,7 @@ impl Kernels {
                 by_name(&format!("linear_down_{t}_2"))?,
                 by_name(&format!("linear_down_{t}_4"))?,
             ],
-            down_half: each("linear_down_half")?,
-            mlp_down: [each("mlp_down")?, each("mlp_down_half")?],
+            mlp_down: each("mlp_down")?,
             tuning: Tuning::default(),
             head_dim,
             group,
@@ -450,18 +444,16 @@ impl Kernels {
             return self.tiled(self.tile[1], rows, n, k);
         }
         let (kernel, cut) = match rows {
-            0..=16 if self.tuning.half => (self.down_half, DownCut::HALF),
-            0..=16 => (self.down[0], DownCut::WHOLE),
-            17..=32 => (self.down[1], DownCut { row_tiles: 2, depth: 5, ..DownCut::WHOLE }),
-            _ => (self.down[2], DownCut { row_tiles: 4, per_sm: 1, depth: 8, ..DownCut::WHOLE }),
+            0..=16 => (self.down[0], DownCut::FEW_ROWS),
+            17..=32 => (self.down[1], DownCut { row_tiles: 2, column_warps: 4, per_sm: 2, depth: 5 }),
+            _ => (self.down[2], DownCut { row_tiles: 4, column_warps: 4, per_sm: 1, depth: 8 }),
         };
         self.down(kernel, cut, n, k)
     }
 
     /// Down product of a selective MLP of up to [`MADE_ROWS`] rows, from the up product's sums.
     pub fn mlp_down(&self, n: u32, k: u32) -> (Launch, u32) {
-        let cut = if self.tuning.half { DownCut::HALF } else { DownCut::WHOLE };
-        self.down(self.mlp_down[usize::from(self.tuning.half)], cut, n, k)
+        self.down(self.mlp_down, DownCut::FEW_ROWS, n, k)
     }
 
     /// As many parts as fill the device once: a part costs little, an idle multiprocessor a lot.
@@ -489,8 +481,7 @@ struct DownCut {
 }
 
 impl DownCut {
-    const WHOLE: DownCut = DownCut { row_tiles: 1, column_warps: 4, per_sm: 2, depth: 6 };
-    const HALF: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 5 };
+    const FEW_ROWS: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 5 };
 }
 
 /// How the skinny products cut their work: by rows, see `linear_skinny.cu`.

@@ -134,7 +134,12 @@ impl<D: Device> Backend for Cuda<D> {
     type Scratch = CudaScratch<D>;
 
     fn caps(&self) -> Caps {
-        Caps { name: format!("cuda {}", self.device.name()), asynchronous: true, oracle: false }
+        Caps {
+            name: format!("cuda {}", self.device.name()),
+            asynchronous: true,
+            oracle: false,
+            mlp_break_even: neurons::break_even,
+        }
     }
 
     fn free_memory(&self) -> Result<u64> {

@@ -340,9 +340,6 @@ impl<D: Device> Cuda<D> {
             };
             self.go(s, &s.kernels.prefill(s.tables.tile_size, s.tables.n_tiles, kv_heads), &params)?;
         }
-        if s.kernels.tuning.join_early {
-            self.device.join()?;
-        }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
         let sum = self.product(s, (b.attention, l.o.weight), size, b.delta)?;
         s.pending = Pending { sum, bias: l.o.bias };
