@@ -73,7 +73,7 @@ def speedup(records, path):
 
 def case(r):
     """A label of a kernel's case, the same for us and for a rival."""
-    if "context" in r and "heads" in r:
+    if r["kernel"] == "attention_decode":
         ragged = " ragged" if r.get("ragged") else ""
         density = "" if r.get("density", 1) == 1 else f" at {r['density']:g}"
         return f"{r['heads']}/{r['kv_heads']} {r['batch']}×{r['context']}{ragged}{density}"
@@ -87,7 +87,7 @@ def family(r):
     if kernel == "attention_decode":
         return "Decode attention"
     name = r.get("name", "")
-    if kernel in ("linear", "linear_down") and name.split(" ")[0] in ("up", "down") and " " in name:
+    if kernel in ("linear", "linear_up", "linear_down") and name.split(" ")[0] in ("up", "down") and " " in name:
         return "Selective up and down products"
     if kernel in ("linear", "cublaslt"):
         return "Dense products and routers"
