@@ -100,15 +100,12 @@ fn skinny_products_at_every_tile_edge() {
     for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
         product(
             &Bench::new(0),
-            &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n: 70, k: 264, stored: None, ..PLAIN },
+            &Case { dtype: DType::BF16, layout: Layout::Rows, rows, n: 70, k: 264, stored: None },
         );
     }
     for (n, k) in [(1, 8), (64, 32), (65, 40), (200, 1032)] {
         orders(|b| {
-            product(
-                b,
-                &Case { dtype: DType::F16, layout: Layout::Rows, rows: 3, n, k, stored: None, ..PLAIN },
-            )
+            product(b, &Case { dtype: DType::F16, layout: Layout::Rows, rows: 3, n, k, stored: None })
         });
     }
 }
@@ -117,8 +114,7 @@ fn skinny_products_at_every_tile_edge() {
 fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
         orders(|b| {
-            let c =
-                Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300), ..PLAIN };
+            let c = Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) };
             assert!(product(b, &c).len() == 4 * rows * n);
             product(b, &Case { k: 648, ..c })
         });
@@ -298,10 +294,8 @@ fn down_products_dense_and_of_listed_rows() {
 fn tiled_products_with_ragged_edges() {
     for layout in [Layout::Rows, Layout::Columns] {
         for (rows, n, k) in [(65, 40, 72), (130, 136, 8), (200, 128, 200)] {
-            product(&Bench::new(0), &Case { dtype: DType::BF16, layout, rows, n, k, stored: None, ..PLAIN });
+            product(&Bench::new(0), &Case { dtype: DType::BF16, layout, rows, n, k, stored: None });
         }
-        orders(|b| {
-            product(b, &Case { dtype: DType::F16, layout, rows: 70, n: 24, k: 264, stored: None, ..PLAIN })
-        });
+        orders(|b| product(b, &Case { dtype: DType::F16, layout, rows: 70, n: 24, k: 264, stored: None }));
     }
 }
