@@ -10,7 +10,8 @@
 // interval of the line, so ragged lengths and few sequences still load every multiprocessor. The line
 // depends on lengths and counts only, never on which heads won: one plan serves all layers.
 // The four warps of a block take the pages of a piece in turn, each with its own ring of loads, which
-// runs ahead across pieces. A piece that one worker covers is written directly; else the parts go to
+// runs ahead across pieces. The ring is short: loads beyond what the latency needs would only queue in the memory
+// system, and whoever is first in that queue at the start ends microseconds before whoever is last. A piece that one worker covers is written directly; else the parts go to
 // `parts` and the worker that arrives last adds them in worker order, so results do not depend on timing.
 #include "page_math.cuh"
 
@@ -60,6 +61,25 @@ DEVICE uint32_t worker_of(uint64_t line, uint32_t workers, uint32_t at) {
     return (uint32_t)((((uint64_t)at + 1) * workers - 1) / line);
 }
 
+// Four dimensions of a part of the tokens: sum of exponentials and of weighted values, relative to `max`.
+struct Share {
+    float max = NEGATIVE_INFINITY, sum = 0;
+    Floats4 x = {{0, 0, 0, 0}};
+
+    // To the present maximum, from an `old` one.
+    DEVICE_MEMBER void rescale(float old) {
+        const float factor = old == NEGATIVE_INFINITY ? 0.0f : exp2_fast(old - max);
+        sum *= factor;
+        UNROLL for (int c = 0; c < 4; c++) x.v[c] *= factor;
+    }
+    // What is relative to `own`, which is no more than the maximum.
+    DEVICE_MEMBER void add(float own, float own_sum, const Floats4& own_x) {
+        const float factor = own == NEGATIVE_INFINITY ? 0.0f : exp2_fast(own - max);
+        sum += own_sum * factor;
+        UNROLL for (int c = 0; c < 4; c++) x.v[c] += own_x.v[c] * factor;
+    }
+};
+
 DEVICE Floats4 divided(const Floats4& x, float by) { return {{x.v[0] / by, x.v[1] / by, x.v[2] / by, x.v[3] / by}}; }
 
 // One warp's loads: pages first + warp, first + warp + 4, … of each segment, in order.
@@ -105,7 +125,7 @@ struct Loads {
 template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     using Math = PageMath<T, HD, TALL>;
     constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
-    constexpr int MERGE = HD > 128 ? 4 : TALL ? 8 : 12;  // parts that are loaded at once, by registers
+    constexpr int MERGE = HD > 128 ? 2 : TALL ? 8 : 12;  // parts that are loaded at once, by registers
     SHARED_BYTES(shared);
     const uint32_t group = p.heads / p.kv_heads;
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -151,9 +171,9 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     loads.issued = loads.stage = 0;
     loads.open(p);
     if (p.early && !p.selected)
-        while (loads.issued < p.stages && loads.settled()) loads.template issue<HD>(p, ring, barriers);
+        while (loads.issued + 1 < p.stages && loads.settled()) loads.template issue<HD>(p, ring, barriers);
     wait_for_previous();
-    while (loads.issued < p.stages && loads.more) loads.template issue<HD>(p, ring, barriers);
+    while (loads.issued + 1 < p.stages && loads.more) loads.template issue<HD>(p, ring, barriers);
 
     uint32_t stage = 0, parity = 0, first_row;
     Segment segment;
@@ -183,6 +203,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
 
         for (uint32_t page = segment.first + warp; page < segment.end; page += WARPS) {
             tile_wait(barriers + stage, parity);
+            loads.template issue<HD>(p, ring, barriers);
             const T* k = (const T*)(ring + stage * BYTES);
             const T* v = k + PAGE_TOKENS * HD;
             float s[2][4];
@@ -213,7 +234,6 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
             if (masked) Math::template add_values<true>(o, s, v, first, end);
             else Math::template add_values<false>(o, s, v, 0, PAGE_TOKENS);
             sync_warp();
-            loads.template issue<HD>(p, ring, barriers);
             if (++stage == p.stages) {
                 stage = 0;
                 parity ^= 1;
@@ -245,25 +265,30 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         const uint32_t values = group * HD, stride = group * (HD + 4);
         // A part is slot 1 of the worker that opens the piece, slot 0 of the others.
         auto part_of = [&](uint32_t j) { return p.parts + (uint64_t)(2 * (first_worker + j) + (j == 0)) * stride; };
-        float* part = part_of(worker - first_worker);
-        for (uint32_t i = 4 * thread_index(); i < values; i += 4 * block_threads()) {
-            const uint32_t row = i / HD;
-            float m = NEGATIVE_INFINITY, sum = 0;
-            Floats4 x = {{0, 0, 0, 0}};
-            UNROLL for (int w = 0; w < WARPS; w++) m = fmaxf(m, maxima[w * 16 + row]);
-            UNROLL for (int w = 0; w < WARPS; w++) {
-                const float own = maxima[w * 16 + row], factor = own == NEGATIVE_INFINITY ? 0.0f : exp2_fast(own - m);
-                const Floats4 from = *(const Floats4*)(merged + w * values + i);
-                UNROLL for (int c = 0; c < 4; c++) x.v[c] += from.v[c] * factor;
-                sum += sums[w * 16 + row] * factor;
+        auto finish = [&](uint32_t i, const Share& s) {
+            store4<T>(out, i, divided(s.x, s.sum));
+            if (lse && i % HD == 0) lse[i / HD] = LN_2 * (s.max + log2_fast(s.sum));
+        };
+        // Adds the first `count` shares in shared memory.
+        auto add_up = [&](uint32_t count, auto deliver) {
+            for (uint32_t i = 4 * thread_index(); i < values; i += 4 * block_threads()) {
+                const uint32_t row = i / HD;
+                Share s;
+                UNROLL for (uint32_t w = 0; w < WARPS; w++)
+                    if (w < count) s.max = fmaxf(s.max, maxima[w * 16 + row]);
+                UNROLL for (uint32_t w = 0; w < WARPS; w++)
+                    if (w < count) s.add(maxima[w * 16 + row], sums[w * 16 + row], *(const Floats4*)(merged + w * values + i));
+                deliver(i, s);
             }
-            if (others == 0) {
-                store4<T>(out, i, divided(x, sum));
-                if (lse && i % HD == 0) lse[row] = LN_2 * (m + log2_fast(sum));
-            } else {
-                *(Floats4*)(part + i) = x;
-                if (i % HD == 0) *(Floats2*)(part + values + 2 * row) = {{m, sum}};
-            }
+        };
+        if (others == 0) {
+            add_up(WARPS, finish);
+        } else {
+            float* part = part_of(worker - first_worker);
+            add_up(WARPS, [&](uint32_t i, const Share& s) {
+                *(Floats4*)(part + i) = s.x;
+                if (i % HD == 0) *(Floats2*)(part + values + 2 * (i / HD)) = {{s.max, s.sum}};
+            });
         }
         sync_block();
         if (others == 0) continue;
@@ -275,34 +300,44 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         }
         sync_block();
         if (*flag != others) continue;
-        for (uint32_t i = 4 * thread_index(); i < values; i += 4 * block_threads()) {
-            const uint32_t row = i / HD;
-            float m = NEGATIVE_INFINITY, sum = 0;
-            Floats4 x = {{0, 0, 0, 0}};
-            for (uint32_t from = 0; from <= others; from += MERGE) {
-                Floats4 o[MERGE];
-                Floats2 state[MERGE];  // maximum, sum
-                UNROLL for (int j = 0; j < MERGE; j++) {
-                    if (from + j > others) continue;
-                    o[j] = *(const Floats4*)(part_of(from + j) + i);
-                    state[j] = *(const Floats2*)(part_of(from + j) + values + 2 * row);
+        // Threads that would idle, the group being small, take a share of the parts each.
+        uint32_t ways = 4 * block_threads() / values;
+        ways = ways < 1 ? 1 : ways > WARPS ? WARPS : ways;
+        const uint32_t way = ways == 1 ? 0 : 4 * thread_index() / values;
+        if (way < ways) {
+            for (uint32_t i = 4 * thread_index() - way * values; i < values; i += 4 * block_threads()) {
+                const uint32_t row = i / HD;
+                Share s;
+                for (uint32_t from = way; from <= others; from += MERGE * ways) {
+                    Floats4 o[MERGE];
+                    Floats2 state[MERGE];  // maximum, sum
+                    UNROLL for (int j = 0; j < MERGE; j++) {
+                        if (from + j * ways > others) continue;
+                        o[j] = *(const Floats4*)(part_of(from + j * ways) + i);
+                        state[j] = *(const Floats2*)(part_of(from + j * ways) + values + 2 * row);
+                    }
+                    const float old = s.max;
+                    UNROLL for (int j = 0; j < MERGE; j++)
+                        if (from + j * ways <= others) s.max = fmaxf(s.max, state[j].v[0]);
+                    s.rescale(old);
+                    UNROLL for (int j = 0; j < MERGE; j++)
+                        if (from + j * ways <= others) s.add(state[j].v[0], state[j].v[1], o[j]);
                 }
-                const float old = m;
-                UNROLL for (int j = 0; j < MERGE; j++)
-                    if (from + j <= others) m = fmaxf(m, state[j].v[0]);
-                const float rescale = exp2_fast(old - m);
-                UNROLL for (int c = 0; c < 4; c++) x.v[c] *= rescale;
-                sum *= rescale;
-                UNROLL for (int j = 0; j < MERGE; j++) {
-                    if (from + j > others) continue;
-                    const float factor = exp2_fast(state[j].v[0] - m);
-                    UNROLL for (int c = 0; c < 4; c++) x.v[c] += o[j].v[c] * factor;
-                    sum += state[j].v[1] * factor;
+                if (ways == 1) {
+                    finish(i, s);
+                } else {
+                    *(Floats4*)(merged + way * values + i) = s.x;
+                    if (i % HD == 0) {
+                        maxima[way * 16 + row] = s.max;
+                        sums[way * 16 + row] = s.sum;
+                    }
                 }
             }
-            store4<T>(out, i, divided(x, sum));
-            if (lse && i % HD == 0) lse[row] = LN_2 * (m + log2_fast(sum));
         }
+        if (ways == 1) continue;
+        sync_block();
+        add_up(ways, finish);
+        sync_block();
     }
 }
 

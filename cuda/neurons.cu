@@ -181,7 +181,7 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
 }  // namespace neurons
 
 KERNEL(256, 1) neuron_scores(const GRID_CONSTANT NeuronParams p) { begin_kernel(); neurons::scores(p); }
-// Up to 16384 neurons; any number that shared memory holds. 32 registers a thread (the 2), so that a block finds room
-// beside three of a product's blocks instead of waiting until a multiprocessor is nearly empty.
-KERNEL(1024, 2) select_neurons(const GRID_CONSTANT NeuronParams p) { neurons::select<16>(p); }
-KERNEL(1024, 2) select_neurons_large(const GRID_CONSTANT NeuronParams p) { neurons::select<0>(p); }
+// Up to 16384 neurons; any number that shared memory holds. Two blocks, 32 registers a thread, so that a block finds
+// room beside three of a product's blocks instead of waiting until a multiprocessor is nearly empty.
+KERNEL(1024, ROOMY_BLOCKS) select_neurons(const GRID_CONSTANT NeuronParams p) { neurons::select<16>(p); }
+KERNEL(1024, ROOMY_BLOCKS) select_neurons_large(const GRID_CONSTANT NeuronParams p) { neurons::select<0>(p); }

@@ -125,7 +125,7 @@ struct DecodeParams {
     uint32_t sequences;
     uint32_t heads;
     uint32_t kv_heads;
-    uint32_t stages;            // loads under way per warp
+    uint32_t stages;            // pages a warp has room for, at least 2: the one it works on, and those under way
     uint32_t min_pages;         // fewest virtual pages per worker
     uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
     uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only

@@ -2,7 +2,7 @@
 
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::MADE_ROWS;
+use polar_sparsity::backend::cuda::launch::{DECODE_MIN_PAGES, MADE_ROWS};
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -68,7 +68,7 @@ fn attention_case(
 ) {
     const HD: u32 = 128;
     let mut rng = Rng(7);
-    let k = gpu.kernels(HD, heads / kv_heads);
+    let mut k = gpu.kernels(HD, heads / kv_heads);
     let lengths = lengths(&mut rng, batch, context, ragged);
     let pages: u32 = lengths.iter().map(|l| l.div_ceil(16)).sum();
     let keep = ((f64::from(kv_heads) * density) as u32).max(1);
@@ -98,15 +98,13 @@ fn attention_case(
     let selected = gpu.words(&packed);
     let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    let settings = match (batch <= 8, ragged) {
-        (true, _) => vec![(6, 2), (4, 2), (12, 2), (24, 2), (6, 4)],
-        (_, true) => vec![(6, 2), (6, 0), (6, 1), (6, 3), (6, 5), (6, 8)],
-        _ => vec![(6, 2), (6, 4)],
-    };
-    for (min_pages, segment_cost) in settings {
+    // As launched, and with one more load under way per warp.
+    for stages in [k.stages, k.stages + 1] {
+        k.stages = stages;
+        let launch = k.decode();
         let mut prefix = vec![0];
         for l in &lengths {
-            prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + segment_cost));
+            prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
         }
         let prefix = gpu.words(&prefix);
         let params = |i: u64| DecodeParams {
@@ -130,8 +128,8 @@ fn attention_case(
             heads,
             kv_heads,
             stages: k.stages,
-            min_pages,
-            segment_cost,
+            min_pages: DECODE_MIN_PAGES,
+            segment_cost: SEGMENT_COST,
             early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
         };
@@ -139,10 +137,9 @@ fn attention_case(
         let kind = if ragged { "ragged" } else { "equal" };
         gpu.report(
             "attention_decode",
-            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} min {min_pages} cost {segment_cost}"),
+            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} stages {stages}"),
             &format!(
-                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"min_pages":{min_pages},"segment_cost":{segment_cost},"stages":{}"#,
-                k.stages
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"stages":{stages}"#
             ),
             us,
             needed,

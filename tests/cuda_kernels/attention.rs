@@ -165,7 +165,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         sequences: n as u32,
         heads: heads as u32,
         kv_heads: c.kv_heads as u32,
-        stages: k.stages.min(3),
+        stages: k.stages,
         min_pages: c.min_pages,
         segment_cost: SEGMENT_COST,
         early: u32::from(c.early),

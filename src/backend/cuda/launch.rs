@@ -78,6 +78,9 @@ const REGISTER_NEURONS: u32 = 16_384;
 const SELECT_PIECE: u32 = 2048;
 /// Most blocks that share one row of logits.
 pub const ARGMAX_PIECES: u32 = 32;
+/// Bytes of the cache that decode attention keeps under way, a multiprocessor. Enough for the latency; more would
+/// only queue, and then some multiprocessors are served first and end early while others end late.
+const DECODE_IN_FLIGHT: u32 = 64 << 10;
 /// Fewest virtual pages that a block of the decode attention is given.
 pub const DECODE_MIN_PAGES: u32 = 6;
 /// Most units (KV heads) a selection takes.
@@ -139,8 +142,9 @@ pub struct Kernels {
     pub tuning: Tuning,
     head_dim: u32,
     group: u32,
-    /// Loads each warp of the decode attention keeps under way.
+    /// Pages each warp of the decode attention has room for: the one it works on, and those under way.
     pub stages: u32,
+    decode_blocks: u32,
     multiprocessors: u32,
     shared_per_block: u32,
 }
@@ -173,12 +177,7 @@ impl Kernels {
         }
         let tall = if group > 8 { "_tall" } else { "" };
         let each = |base: &str| by_name(&format!("{base}_{t}"));
-        let tile_bytes = 2 * 16 * head_dim * 2;
-        // Two blocks a multiprocessor (one at head size 256), as many loads as fit.
-        let blocks = if head_dim > 128 { 1 } else { 2 };
-        let room = shared_per_block.min((shared_per_block + 1024) / blocks - 1024);
-        let fixed = decode_fixed_bytes(head_dim, group);
-        let stages = room.saturating_sub(fixed) / (4 * (tile_bytes + 8));
+        let (decode_blocks, stages) = decode_blocks_and_stages(head_dim, group, shared_per_block)?;
         let by_rows = |base: &str| -> Result<[Id; 4]> {
             let one = |rows| by_name(&format!("{base}_{t}_{rows}"));
             Ok([one(1)?, one(2)?, one(4)?, one(8)?])
@@ -225,7 +224,8 @@ impl Kernels {
             tuning: Tuning::default(),
             head_dim,
             group,
-            stages: stages.clamp(1, 8),
+            stages,
+            decode_blocks,
             multiprocessors,
             shared_per_block,
         })
@@ -359,7 +359,7 @@ impl Kernels {
 
     /// Blocks of the decode attention: as many as run at once.
     pub fn decode_workers(&self) -> u32 {
-        self.multiprocessors * if self.head_dim > 128 { 1 } else { 2 }
+        self.multiprocessors * self.decode_blocks
     }
 
     /// Decode attention.
@@ -533,6 +533,23 @@ fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
         })
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .map_or(1, |(s, _)| s)
+}
+
+/// Blocks of the decode attention on a multiprocessor, two where registers and shared memory allow it, and stages of
+/// their warps.
+fn decode_blocks_and_stages(head_dim: u32, group: u32, shared_per_block: u32) -> Result<(u32, u32)> {
+    let (page, fixed) = (64 * head_dim, decode_fixed_bytes(head_dim, group));
+    for blocks in if head_dim > 128 { 1..=1 } else { 1..=2 }.rev() {
+        let room = shared_per_block.min((shared_per_block + 1024) / blocks - 1024);
+        let fit = room.saturating_sub(fixed) / (4 * (page + 8));
+        if fit >= 2 {
+            return Ok((blocks, fit.min(1 + DECODE_IN_FLIGHT.div_ceil(4 * blocks * page))));
+        }
+    }
+    Err(Error::unsupported(format!(
+        "head size {head_dim} with {group} query heads per KV head: decode attention needs {} bytes of shared memory a block, the device has {shared_per_block}",
+        fixed + 8 * (page + 8)
+    )))
 }
 
 fn decode_fixed_bytes(head_dim: u32, group: u32) -> u32 {
