@@ -364,3 +364,47 @@ fn check_density(name: &str, value: f32) -> Result<()> {
         Err(Error::invalid(format!("{name} is {value}, allowed is 0 to 1")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sparsity::router::MlpInfo;
+
+    /// One layer of 1000 neurons whose table keeps 400, whatever the batch.
+    fn keeping_400(options: Options) -> Policy {
+        let mlp = MlpInfo { ranks: vec![Some(8)], batch_sizes: vec![64], table: vec![vec![400]] };
+        Policy {
+            options,
+            info: Some(RouterInfo { attention: None, mlp: Some(mlp) }),
+            num_layers: 1,
+            kv_heads: 1,
+            ffn_size: 1000,
+            weight_bytes: 0,
+            kv_bytes_per_token: 0,
+            break_even: mlp_break_even,
+        }
+    }
+
+    fn mlp_rule(policy: &Policy, batch: usize) -> Rule {
+        let setting = SeqSetting { attn_density: None, mlp: MlpMode::Reference };
+        let mut plan = Plan::default();
+        policy.fill(&mut plan, &vec![SeqDemand { setting, context: 1 }; batch]);
+        plan.mlp_rule(0).reference
+    }
+
+    #[test]
+    fn a_devices_break_even_ends_what_nobody_asked_for() {
+        let device = |batch| if batch <= 8 { 0.5 } else { 0.3 };
+        let tables = keeping_400(Options::default());
+        assert_eq!([8, 9].map(|b| mlp_rule(&tables, b)), [Rule::TopK(400); 2], "no device spoke");
+        let tables = tables.with_break_even(device);
+        assert_eq!([8, 9].map(|b| mlp_rule(&tables, b)), [Rule::TopK(400), Rule::Dense]);
+        for asked in [
+            Options { mlp_density: 0.4, ..Options::default() },
+            Options { mlp_dense_above: 0.45, ..Options::default() },
+        ] {
+            let policy = keeping_400(asked).with_break_even(device);
+            assert_eq!([8, 9].map(|b| mlp_rule(&policy, b)), [Rule::TopK(400); 2], "{asked:?}");
+        }
+    }
+}
