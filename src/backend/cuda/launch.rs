@@ -425,13 +425,6 @@ impl Kernels {
         (Launch { kernel: kernels[cut.variant], grid: (tiles, splits), ..cut.launch() }, splits)
     }
 
-    /// The same as [`Kernels::linear`] with the sum in one part.
-    pub fn linear_whole(&self, rows: u32, n: u32, k: u32) -> Launch {
-        let (mut launch, splits) = self.linear(rows, n, k);
-        launch.grid.1 /= splits;
-        launch
-    }
-
     fn tiled(&self, kernel: Id, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         let (x, y) = (rows.div_ceil(128), n.div_ceil(128));
         let splits = splits(x * y, self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 8).min(8);

@@ -22,6 +22,7 @@ pub mod ops;
 pub mod params;
 #[cfg(feature = "cuda")]
 mod probe;
+mod product;
 mod program;
 pub mod sampling;
 mod scratch;

@@ -31,6 +31,8 @@ pub(super) fn break_even(batch: u32) -> f32 {
 }
 
 impl<D: Device> Cuda<D> {
+    /// A kernel of the router chain. Its products are never the device's library's, whose workspace belongs
+    /// to the main stream.
     fn go_beside<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         if launch.grid.0 == 0 {
             return Ok(());
@@ -42,20 +44,6 @@ impl<D: Device> Cuda<D> {
     pub(super) fn fork(&self, s: &CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
         let routed = step.plan.mlp_sparse(layer) && step.plan.needs_router(Site::Mlp);
         if routed && s.kernels.tuning.beside { self.device.fork() } else { Ok(()) }
-    }
-
-    /// Never the device's library: its workspace belongs to the main stream.
-    fn product_beside(
-        &self,
-        s: &CudaScratch<D>,
-        (x, w): (Ptr, Ptr),
-        (rows, n, k): (u32, u32, u32),
-        out: Ptr,
-    ) -> Result<Partial> {
-        let (launch, splits) = s.kernels.linear(rows, n, k);
-        let params = LinearParams { x, w, out, rows, n, k, splits, ..Default::default() };
-        self.go_beside(&launch, &params)?;
-        Ok(Partial { data: out, splits, columns: n })
     }
 
     /// Groups of the step that may choose neurons in this layer: the first, and how many. As many as there
@@ -80,9 +68,10 @@ impl<D: Device> Cuda<D> {
         let (rows, d, b) = (s.tables.rows().decode, s.shape.hidden as u32, s.buffers);
         let (rank, ffn) = (l.rank as u32, s.shape.ffn as u32);
         let Some((which, first_group, groups)) = Self::choosing(s, step, layer) else { return Ok(()) };
-        let narrow = self.product_beside(s, (b.h, l.down), (rows, rank, d), b.router_sums)?;
+        let (launch, narrow) = s.kernels.product((b.h, l.down), (rows, rank, d), b.router_sums);
+        self.go_beside(&launch, &narrow)?;
         let z = ActivateParams {
-            input: narrow,
+            input: narrow.sums(),
             out: b.z,
             rows,
             n: rank,
@@ -98,9 +87,10 @@ impl<D: Device> Cuda<D> {
             self.go_beside(&s.kernels.router_scores(rows, ffn), &params)?;
         } else {
             let size = (rows, s.shape.neurons as u32, rank);
-            let logits = self.product_beside(s, (b.z, l.up), size, b.router_sums)?;
+            let (launch, logits) = s.kernels.product((b.z, l.up), size, b.router_sums);
+            self.go_beside(&launch, &logits)?;
             let params = NeuronParams {
-                logits,
+                logits: logits.sums(),
                 scores: b.neuron_scores,
                 group,
                 last_group: s.tables.last_group(),
@@ -162,7 +152,7 @@ impl<D: Device> Cuda<D> {
         let (x, w, index, out) = (b.h, l.first, b.index, b.sums);
         let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
         self.go(s, &launch, &up)?;
-        let input = Partial { data: b.sums, splits, columns: n };
+        let input = up.sums();
         let sum = if rows <= MADE_ROWS && s.kernels.tuning.made {
             let (launch, splits) = s.kernels.mlp_down(d, n);
             let params = DownParams {

@@ -22,57 +22,55 @@ impl<D: Device> Cuda<D> {
         start(&*self.device, launch, params)
     }
 
-    /// Hands a product of many rows to the device's library, if it has one.
+    /// Hands a product of many rows to the device's library, if it has one: sums in one part.
     fn by_library(
         &self,
         s: &CudaScratch<D>,
-        params: &LinearParams,
+        (own, params): &(Launch, LinearParams),
         transposed: bool,
-        own: &Launch,
-    ) -> Result<bool> {
+    ) -> Result<Option<Partial>> {
         let many = params.rows > LIBRARY_ROWS || params.n >= LIBRARY_COLUMNS || transposed;
         if !many || params.index != Ptr::NULL {
-            return Ok(false);
+            return Ok(None);
         }
-        self.device.product(params, transposed, s.shape.dtype, Some(own))
+        let taken = self.device.product(params, transposed, s.shape.dtype, Some(own))?;
+        Ok(taken.then(|| Partial { splits: 1, ..params.sums() }))
+    }
+
+    /// A product, by the device's library or by our own kernel.
+    fn multiply(
+        &self,
+        s: &CudaScratch<D>,
+        own: &(Launch, LinearParams),
+        transposed: bool,
+    ) -> Result<Partial> {
+        if let Some(sums) = self.by_library(s, own, transposed)? {
+            return Ok(sums);
+        }
+        self.go(s, &own.0, &own.1)?;
+        Ok(own.1.sums())
     }
 
     /// `x` times a matrix stored `[n, k]`, sums to `out`.
     pub(super) fn product(
         &self,
         s: &CudaScratch<D>,
-        (x, w): (Ptr, Ptr),
-        (rows, n, k): (u32, u32, u32),
+        of: (Ptr, Ptr),
+        size: (u32, u32, u32),
         out: Ptr,
     ) -> Result<Partial> {
-        let (launch, splits) = s.kernels.linear(rows, n, k);
-        let mut params = LinearParams { x, w, out, rows, n, k, splits, ..Default::default() };
-        if self.by_library(s, &params, false, &launch)? {
-            params.splits = 1;
-        } else {
-            self.go(s, &launch, &params)?;
-        }
-        let splits = params.splits;
-        Ok(Partial { data: out, splits, columns: n })
+        self.multiply(s, &s.kernels.product(of, size, out), false)
     }
 
     /// The same for a matrix stored `[k, n]`; `index`: for these of its rows only.
     pub(super) fn product_transposed(
         &self,
         s: &CudaScratch<D>,
-        (x, w, index): (Ptr, Ptr, Ptr),
-        (rows, n, k): (u32, u32, u32),
+        of: (Ptr, Ptr, Ptr),
+        size: (u32, u32, u32),
         out: Ptr,
     ) -> Result<Partial> {
-        let (launch, splits) = s.kernels.linear_transposed(rows, n, k);
-        let mut params = LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() };
-        if self.by_library(s, &params, true, &launch)? {
-            params.splits = 1;
-        } else {
-            self.go(s, &launch, &params)?;
-        }
-        let splits = params.splits;
-        Ok(Partial { data: out, splits, columns: n })
+        self.multiply(s, &s.kernels.product_transposed(of, size, out), true)
     }
 
     /// Adds the pending sums to the residual stream and norms it.
@@ -175,29 +173,20 @@ impl<D: Device> Cuda<D> {
         let Some(router) = router else {
             return Ok((self.product(s, (b.h, w), (rows, first, k), b.sums)?, None));
         };
-        let n = first + router.attn_room() as u32;
-        let (launch, splits) = s.kernels.linear(rows, n, k);
-        let (own, own_splits) = s.kernels.linear(rows, first, k);
-        let alone = LinearParams {
-            x: b.h,
-            w,
-            out: b.sums,
-            rows,
-            n: first,
-            k,
-            splits: own_splits,
-            ..Default::default()
-        };
-        let taken = self.by_library(s, &alone, false, &own)?;
-        if !taken && rows <= SKINNY_ROWS {
-            self.go(s, &launch, &LinearParams { n, splits, more: router.attn.weight, first, ..alone })?;
-            let qkv = Partial { data: b.sums, splits, columns: n };
-            return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
-        }
-        let qkv = if taken {
-            Partial { data: b.sums, splits: 1, columns: first }
-        } else {
-            self.product(s, (b.h, w), (rows, first, k), b.sums)?
+        let own = s.kernels.product((b.h, w), (rows, first, k), b.sums);
+        let qkv = match self.by_library(s, &own, false)? {
+            Some(sums) => sums,
+            None if rows <= SKINNY_ROWS => {
+                let n = first + router.attn_room() as u32;
+                let (launch, both) = s.kernels.product((b.h, w), (rows, n, k), b.sums);
+                self.go(s, &launch, &LinearParams { more: router.attn.weight, first, ..both })?;
+                let qkv = both.sums();
+                return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
+            }
+            None => {
+                self.go(s, &own.0, &own.1)?;
+                own.1.sums()
+            }
         };
         let (size, behind) = ((sequences, router.attn_rows as u32, k), qkv.splits * rows * first);
         let out = b.sums.offset(4 * u64::from(behind));
@@ -399,21 +388,11 @@ impl<D: Device> Cuda<D> {
         if n > 0 {
             self.norm(w, s, w.shared.final_norm, (b.last, s.tables.logit_rows(), n))?;
             let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
-            let params = LinearParams {
-                x: b.last,
-                w: w.shared.head,
-                index: Ptr::NULL,
-                out: b.logits,
-                rows: n,
-                n: vocab,
-                k: d,
-                splits: 1,
-                ..Default::default()
-            };
-            let launch = s.kernels.linear_whole(n, vocab, d);
-            if !self.by_library(s, &params, false, &launch)? {
-                self.go(s, &launch, &params)?;
-            }
+            self.multiply(
+                s,
+                &s.kernels.product_whole((b.last, w.shared.head), (n, vocab, d), b.logits),
+                false,
+            )?;
             let (launch, params) = s.sampling.likeliest(b.logits, n);
             self.go(s, &launch, &params)?;
         }

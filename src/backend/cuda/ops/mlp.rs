@@ -231,9 +231,10 @@ impl Ops {
         }
         queue.go(&k.mark_rows(), &mark)?;
         queue.settle();
-        let narrow = product(&queue, k, (op.x, op.down), (op.rows, op.rank, op.hidden), l.narrow)?;
+        let (launch, narrow) = k.product((op.x, op.down), (op.rows, op.rank, op.hidden), l.narrow);
+        queue.go(&launch, &narrow)?;
         let z = ActivateParams {
-            input: narrow,
+            input: narrow.sums(),
             out: l.z,
             rows: op.rows,
             n: op.rank,
@@ -255,7 +256,9 @@ impl Ops {
             };
             queue.go(&k.router_scores(op.rows, op.neurons), &scores)?;
         } else {
-            params.logits = product(&queue, k, (l.z, op.up), (op.rows, op.neurons, op.rank), l.sums)?;
+            let (launch, logits) = k.product((l.z, op.up), (op.rows, op.neurons, op.rank), l.sums);
+            queue.go(&launch, &logits)?;
+            params.logits = logits.sums();
             queue.go(&k.neuron_scores(1, op.neurons), &params)?;
         }
         queue.go(&k.select_neurons(1, op.neurons), &params)
@@ -343,17 +346,4 @@ impl Ops {
         };
         queue.go(&k.activate(op.rows, op.hidden), &sum)
     }
-}
-
-/// `x` times a matrix stored `[n, k]`, sums to `out`.
-fn product(
-    queue: &Queue<'_>,
-    kernels: &Kernels,
-    (x, w): (Ptr, Ptr),
-    (rows, n, k): (u32, u32, u32),
-    out: Ptr,
-) -> Result<Partial> {
-    let (launch, splits) = kernels.linear(rows, n, k);
-    queue.go(&launch, &LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })?;
-    Ok(Partial { data: out, splits, columns: n })
 }

@@ -3,7 +3,7 @@
 use super::{Launcher, MAX_ROWS, Ops, Queue, Workspace, count, optional, pointer, width};
 use crate::backend::cuda::launch::{Kernels, MAX_UNITS};
 use crate::backend::cuda::memory::Places;
-use crate::backend::cuda::params::{LinearParams, Partial, Ptr, SelectParams};
+use crate::backend::cuda::params::{Partial, Ptr, SelectParams};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -102,20 +102,10 @@ impl Ops {
         let logits = if op.logits == Ptr::NULL {
             pointer("x", op.x, 16)?;
             pointer("weight", op.weight, 16)?;
-            let (launch, splits) = k.linear(op.sequences, op.router_rows, op.hidden);
-            let params = LinearParams {
-                x: op.x,
-                w: op.weight,
-                index: Ptr::NULL,
-                out: l.sums,
-                rows: op.sequences,
-                n: op.router_rows,
-                k: op.hidden,
-                splits,
-                ..Default::default()
-            };
-            queue.go(&launch, &params)?;
-            Partial { data: l.sums, splits, columns: op.router_rows }
+            let size = (op.sequences, op.router_rows, op.hidden);
+            let (launch, logits) = k.product((op.x, op.weight), size, l.sums);
+            queue.go(&launch, &logits)?;
+            logits.sums()
         } else {
             pointer("logits", op.logits, 4)?;
             Partial { data: op.logits, splits: 1, columns: op.router_rows }

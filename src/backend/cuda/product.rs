@@ -1,0 +1,47 @@
+//! A dense product by our own kernel: its launch, its parameters, and where its sums lie.
+
+use super::launch::{Kernels, Launch};
+use super::params::{LinearParams, Partial, Ptr};
+
+impl Kernels {
+    /// `x` times a matrix stored `[n, k]`, sums to `out`.
+    pub(super) fn product(
+        &self,
+        (x, w): (Ptr, Ptr),
+        (rows, n, k): (u32, u32, u32),
+        out: Ptr,
+    ) -> (Launch, LinearParams) {
+        let (launch, splits) = self.linear(rows, n, k);
+        (launch, LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })
+    }
+
+    /// The same with the sums in one part.
+    pub(super) fn product_whole(
+        &self,
+        of: (Ptr, Ptr),
+        size: (u32, u32, u32),
+        out: Ptr,
+    ) -> (Launch, LinearParams) {
+        let (mut launch, params) = self.product(of, size, out);
+        launch.grid.1 /= params.splits;
+        (launch, LinearParams { splits: 1, ..params })
+    }
+
+    /// A product with a matrix stored `[k, n]`; `index`: for these of its rows only.
+    pub(super) fn product_transposed(
+        &self,
+        (x, w, index): (Ptr, Ptr, Ptr),
+        (rows, n, k): (u32, u32, u32),
+        out: Ptr,
+    ) -> (Launch, LinearParams) {
+        let (launch, splits) = self.linear_transposed(rows, n, k);
+        (launch, LinearParams { x, w, index, out, rows, n, k, splits, ..Default::default() })
+    }
+}
+
+impl LinearParams {
+    /// What the product leaves.
+    pub(super) fn sums(&self) -> Partial {
+        Partial { data: self.out, splits: self.splits, columns: self.n }
+    }
+}
