@@ -6,10 +6,38 @@ use super::op_convert as convert;
 use super::op_types::*;
 use super::types::polar_error;
 use super::{copy, handle};
-use crate::engine::ops;
-use crate::error::Status;
+use crate::engine::ops::{Launcher, OpLibrary, Ops};
+use crate::error::{Result, Status};
 use crate::sys::fork;
 use std::ffi::c_void;
+
+/// Tells the bytes of workspace that an operator needs.
+fn workspace<C: copy::Extensible, O>(
+    (library, op, bytes, err): (*const polar_op_library, *const C, *mut u64, *mut polar_error),
+    convert: fn(&C) -> Result<O>,
+    needed: fn(&Ops, &O) -> Result<u64>,
+) -> polar_status {
+    guard(err, |call| {
+        let ops = call.op_library(library)?.ops();
+        let out = copy::out(bytes, "bytes")?;
+        out.write(needed(ops, &convert(&copy::required(op)?)?)?);
+        Ok(Status::OK)
+    })
+}
+
+/// Starts an operator's kernels on a stream of the host.
+fn start<C: copy::Extensible, O>(
+    (library, op, stream, err): (*const polar_op_library, *const C, *mut c_void, *mut polar_error),
+    convert: fn(&C) -> Result<O>,
+    run: fn(&Ops, &O, &dyn Launcher) -> Result<()>,
+) -> polar_status {
+    guard(err, |call| {
+        let library = call.op_library(library)?;
+        let op = convert(&copy::required(op)?)?;
+        library.on(stream, |ops, launcher| run(ops, &op, launcher))?;
+        Ok(Status::OK)
+    })
+}
 
 /// Loads the kernels into the CUDA context that is current on this thread, whichever it is; hosts of the
 /// CUDA runtime (torch too) have one after their first call. The context is the host's: it is not
@@ -31,7 +59,7 @@ pub unsafe extern "C" fn polar_op_library_create(
     guard(err, |_| {
         let out = copy::out(out, "out")?;
         fork::watch()?;
-        out.write(handle::create(ops::OpLibrary::of_thread()?)?);
+        out.write(handle::create(OpLibrary::of_thread()?)?);
         Ok(Status::OK)
     })
 }
@@ -59,12 +87,7 @@ pub unsafe extern "C" fn polar_op_attention_workspace(
     bytes: *mut u64,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let ops = call.op_library(library)?.ops();
-        let out = copy::out(bytes, "bytes")?;
-        out.write(ops.attention_workspace(&convert::attention(&copy::required(op)?)?)?);
-        Ok(Status::OK)
-    })
+    workspace((library, op, bytes, err), convert::attention, Ops::attention_workspace)
 }
 
 /// Starts the kernel that shares the work of a decode step among the multiprocessors, from `seq_lens` and
@@ -83,12 +106,7 @@ pub unsafe extern "C" fn polar_op_attention_plan(
     stream: *mut c_void,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let library = call.op_library(library)?;
-        let op = convert::attention(&copy::required(op)?)?;
-        library.on(stream, |ops, launcher| ops.attention_plan(&op, launcher))?;
-        Ok(Status::OK)
-    })
+    start((library, op, stream, err), convert::attention, Ops::attention_plan)
 }
 
 /// Starts the attention of one layer. The sizes, `window` and the workspace are those of the plan.
@@ -102,12 +120,7 @@ pub unsafe extern "C" fn polar_op_attention_run(
     stream: *mut c_void,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let library = call.op_library(library)?;
-        let op = convert::attention(&copy::required(op)?)?;
-        library.on(stream, |ops, launcher| ops.attention(&op, launcher))?;
-        Ok(Status::OK)
-    })
+    start((library, op, stream, err), convert::attention, Ops::attention)
 }
 
 /// Bytes of device memory that `polar_op_head_selection_run` needs. Addresses are not looked at, except
@@ -122,12 +135,7 @@ pub unsafe extern "C" fn polar_op_head_selection_workspace(
     bytes: *mut u64,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let ops = call.op_library(library)?.ops();
-        let out = copy::out(bytes, "bytes")?;
-        out.write(ops.head_selection_workspace(&convert::head_selection(&copy::required(op)?)?)?);
-        Ok(Status::OK)
-    })
+    workspace((library, op, bytes, err), convert::head_selection, Ops::head_selection_workspace)
 }
 
 /// Starts the router and its top-k: two kernels, one with `logits`.
@@ -141,12 +149,7 @@ pub unsafe extern "C" fn polar_op_head_selection_run(
     stream: *mut c_void,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let library = call.op_library(library)?;
-        let op = convert::head_selection(&copy::required(op)?)?;
-        library.on(stream, |ops, launcher| ops.head_selection(&op, launcher))?;
-        Ok(Status::OK)
-    })
+    start((library, op, stream, err), convert::head_selection, Ops::head_selection)
 }
 
 /// Bytes of device memory that `polar_op_neuron_selection_run` needs. Addresses are not looked at, except
@@ -161,12 +164,7 @@ pub unsafe extern "C" fn polar_op_neuron_selection_workspace(
     bytes: *mut u64,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let ops = call.op_library(library)?.ops();
-        let out = copy::out(bytes, "bytes")?;
-        out.write(ops.neuron_selection_workspace(&convert::neuron_selection(&copy::required(op)?)?)?);
-        Ok(Status::OK)
-    })
+    workspace((library, op, bytes, err), convert::neuron_selection, Ops::neuron_selection_workspace)
 }
 
 /// Starts the MLP router and its selection. It needs the layer's input only, so it may run on a stream
@@ -181,12 +179,7 @@ pub unsafe extern "C" fn polar_op_neuron_selection_run(
     stream: *mut c_void,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let library = call.op_library(library)?;
-        let op = convert::neuron_selection(&copy::required(op)?)?;
-        library.on(stream, |ops, launcher| ops.neuron_selection(&op, launcher))?;
-        Ok(Status::OK)
-    })
+    start((library, op, stream, err), convert::neuron_selection, Ops::neuron_selection)
 }
 
 /// Bytes of device memory that `polar_op_mlp_run` needs. Addresses are not looked at, except for whether
@@ -201,12 +194,7 @@ pub unsafe extern "C" fn polar_op_mlp_workspace(
     bytes: *mut u64,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let ops = call.op_library(library)?.ops();
-        let out = copy::out(bytes, "bytes")?;
-        out.write(ops.mlp_workspace(&convert::mlp(&copy::required(op)?)?)?);
-        Ok(Status::OK)
-    })
+    workspace((library, op, bytes, err), convert::mlp, Ops::mlp_workspace)
 }
 
 /// Starts the MLP: gathered up product, ReLU, gathered down product.
@@ -220,10 +208,5 @@ pub unsafe extern "C" fn polar_op_mlp_run(
     stream: *mut c_void,
     err: *mut polar_error,
 ) -> polar_status {
-    guard(err, |call| {
-        let library = call.op_library(library)?;
-        let op = convert::mlp(&copy::required(op)?)?;
-        library.on(stream, |ops, launcher| ops.mlp(&op, launcher))?;
-        Ok(Status::OK)
-    })
+    start((library, op, stream, err), convert::mlp, Ops::mlp)
 }

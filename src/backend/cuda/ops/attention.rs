@@ -1,6 +1,6 @@
 //! Selective decode attention over a host's pages: one plan per step, then one launch per layer.
 
-use super::{Launcher, MAX_ROWS, Ops, Queue, Workspace, count, optional, pointer};
+use super::{Launcher, MAX_ROWS, Operator, Ops, Queue, Workspace, count, optional, pointer};
 use crate::backend::PAGE_TOKENS;
 use crate::backend::cuda::launch::{DECODE_MIN_PAGES, Kernels, MAX_UNITS};
 use crate::backend::cuda::memory::Places;
@@ -58,7 +58,7 @@ pub struct Attention {
 }
 
 /// What lies where in the workspace.
-struct Layout {
+pub(super) struct Layout {
     first_page: Ptr,
     tokens: Ptr,
     skip: Ptr,
@@ -68,8 +68,9 @@ struct Layout {
     parts: Ptr,
 }
 
-impl Attention {
-    /// What does not depend on addresses; the kernels for it.
+impl Operator for Attention {
+    type Layout = Layout;
+
     fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels> {
         count("num_sequences", self.sequences, MAX_ROWS)?;
         count("num_kv_heads", self.kv_heads, MAX_UNITS)?;
@@ -104,7 +105,7 @@ impl Attention {
         ops.kernels(self.dtype, self.head_dim, self.heads / self.kv_heads)
     }
 
-    fn layout(&self, k: &Kernels, p: &mut Places) -> Layout {
+    fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout {
         let n = self.sequences as usize;
         let group = (self.heads / self.kv_heads) as usize;
         Layout {
@@ -118,12 +119,12 @@ impl Attention {
         }
     }
 
-    fn bytes(&self, k: &Kernels) -> u64 {
-        let mut p = Places::from(Ptr::NULL);
-        self.layout(k, &mut p);
-        p.used()
+    fn workspace(&self) -> Workspace {
+        self.workspace
     }
+}
 
+impl Attention {
     /// A stride that was given, or the packed one; both at least `least` and good for 16-byte copies.
     fn stride(name: &str, given: u64, packed: u64, least: u64) -> Result<u64> {
         let stride = if given == 0 { packed } else { given };
@@ -139,7 +140,7 @@ impl Attention {
 impl Ops {
     /// Bytes of workspace that `op` needs.
     pub fn attention_workspace(&self, op: &Attention) -> Result<u64> {
-        Ok(op.bytes(op.kernels(self)?))
+        op.needed(self)
     }
 
     /// Turns lengths and counts of kept heads into the tables of every layer's attention.
@@ -147,7 +148,7 @@ impl Ops {
         let k = op.kernels(self)?;
         pointer("seq_lens", op.lengths, 4)?;
         optional("keep", op.keep, 4)?;
-        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let l = op.places(k)?;
         let params = PlanParams {
             lengths: op.lengths,
             wanted: op.keep,
@@ -183,7 +184,7 @@ impl Ops {
         pointer("block_table", op.block_table, 4)?;
         optional("selected", op.selected, 2)?;
         optional("lse", op.lse, 4)?;
-        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let l = op.places(k)?;
         let queue = Queue::new(launcher);
         if !op.leave_rest {
             let params = ZeroParams {

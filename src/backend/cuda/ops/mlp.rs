@@ -1,6 +1,9 @@
 //! Selective MLP: which neurons a batch runs, and the two products over their rows only.
 
-use super::{Launcher, MAX_ROWS, MAX_WIDTH, Ops, Queue, Workspace, count, optional, pointer, width};
+use super::{
+    Launcher, MAX_ROWS, MAX_WIDTH, Operator, Ops, Queue, Workspace, count, optional, pointer, sum_floats,
+    width,
+};
 use crate::backend::cuda::launch::{Kernels, Launch, MADE_ROWS, SKINNY_ROWS};
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{
@@ -45,7 +48,7 @@ pub struct NeuronSelection {
     pub workspace: Workspace,
 }
 
-struct SelectionLayout {
+pub(super) struct SelectionLayout {
     narrow: Ptr,
     z: Ptr,
     sums: Ptr,
@@ -54,7 +57,9 @@ struct SelectionLayout {
     nan_count: Ptr,
 }
 
-impl NeuronSelection {
+impl Operator for NeuronSelection {
+    type Layout = SelectionLayout;
+
     fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels> {
         count("num_rows", self.rows, MAX_ROWS)?;
         width("num_neurons", self.neurons)?;
@@ -73,7 +78,7 @@ impl NeuronSelection {
         Ok(k)
     }
 
-    fn layout(&self, k: &Kernels, p: &mut Places) -> SelectionLayout {
+    fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout {
         let (mut narrow, mut z, mut sums) = (0, 0, 0);
         if self.logits == Ptr::NULL {
             narrow = sum_floats(k.linear(self.rows, self.rank, self.hidden).1, self.rows, self.rank);
@@ -92,10 +97,8 @@ impl NeuronSelection {
         }
     }
 
-    fn bytes(&self, k: &Kernels) -> u64 {
-        let mut p = Places::from(Ptr::NULL);
-        self.layout(k, &mut p);
-        p.used()
+    fn workspace(&self) -> Workspace {
+        self.workspace
     }
 }
 
@@ -130,13 +133,15 @@ pub struct Mlp {
     pub workspace: Workspace,
 }
 
-struct MlpLayout {
+pub(super) struct MlpLayout {
     sums: Ptr,
     y: Ptr,
     delta: Ptr,
 }
 
-impl Mlp {
+impl Operator for Mlp {
+    type Layout = MlpLayout;
+
     fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels> {
         count("num_rows", self.rows, MAX_ROWS)?;
         width("hidden_size", self.hidden)?;
@@ -153,6 +158,20 @@ impl Mlp {
         ops.rows(self.dtype)
     }
 
+    fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout {
+        let run = self.run();
+        let first = sum_floats(self.first(k).1, self.rows, run);
+        let second = sum_floats(self.second(k).1, self.rows, self.hidden);
+        let y = if self.made() { 0 } else { self.rows as usize * run as usize };
+        MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
+    }
+
+    fn workspace(&self) -> Workspace {
+        self.workspace
+    }
+}
+
+impl Mlp {
     /// Neurons that the products run, filled up with repetitions that count nothing.
     fn run(&self) -> u32 {
         if self.index == Ptr::NULL { self.neurons } else { self.keep.next_multiple_of(8).min(MAX_WIDTH) }
@@ -174,30 +193,12 @@ impl Mlp {
         let (n, run) = (self.hidden, self.run());
         if self.made() { k.mlp_down(n, run) } else { k.linear_transposed(self.rows, n, run) }
     }
-
-    fn layout(&self, k: &Kernels, p: &mut Places) -> MlpLayout {
-        let run = self.run();
-        let first = sum_floats(self.first(k).1, self.rows, run);
-        let second = sum_floats(self.second(k).1, self.rows, self.hidden);
-        let y = if self.made() { 0 } else { self.rows as usize * run as usize };
-        MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
-    }
-
-    fn bytes(&self, k: &Kernels) -> u64 {
-        let mut p = Places::from(Ptr::NULL);
-        self.layout(k, &mut p);
-        p.used()
-    }
-}
-
-fn sum_floats(splits: u32, rows: u32, columns: u32) -> usize {
-    splits as usize * rows as usize * columns as usize
 }
 
 impl Ops {
     /// Bytes of workspace that `op` needs.
     pub fn neuron_selection_workspace(&self, op: &NeuronSelection) -> Result<u64> {
-        Ok(op.bytes(op.kernels(self)?))
+        op.needed(self)
     }
 
     /// Selects.
@@ -206,7 +207,7 @@ impl Ops {
         pointer("index", op.index, 16)?;
         optional("active_rows", op.active_rows, 4)?;
         optional("nan_count", op.nan_count, 4)?;
-        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let l = op.places(k)?;
         let queue = Queue::new(launcher);
         let mark = MarkParams { active: op.active_rows, group: l.group, rows: op.rows };
         let mut params = NeuronParams {
@@ -266,7 +267,7 @@ impl Ops {
 
     /// Bytes of workspace that `op` needs.
     pub fn mlp_workspace(&self, op: &Mlp) -> Result<u64> {
-        Ok(op.bytes(op.kernels(self)?))
+        op.needed(self)
     }
 
     /// Runs the MLP.
@@ -278,7 +279,7 @@ impl Ops {
         optional("index", op.index, 16)?;
         optional("up_bias", op.up_bias, 2)?;
         optional("down_bias", op.down_bias, 8)?;
-        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let l = op.places(k)?;
         let (queue, run) = (Queue::new(launcher), op.run());
         let (launch, splits) = op.first(k);
         let up = LinearParams {

@@ -126,6 +126,42 @@ impl Workspace {
     }
 }
 
+/// What every operator has: sizes that are checked before anything else, and by them a workspace laid out.
+trait Operator {
+    /// What lies where in the workspace.
+    type Layout;
+
+    /// Checks what does not depend on addresses; the kernels for it.
+    fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels>;
+
+    /// Cuts a workspace up.
+    fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout;
+
+    /// The host's.
+    fn workspace(&self) -> Workspace;
+
+    fn bytes(&self, k: &Kernels) -> u64 {
+        let mut p = Places::from(Ptr::NULL);
+        self.layout(k, &mut p);
+        p.used()
+    }
+
+    /// Bytes of workspace it needs.
+    fn needed(&self, ops: &Ops) -> Result<u64> {
+        Ok(self.bytes(self.kernels(ops)?))
+    }
+
+    /// What lies where in the host's workspace, once it is known to be large enough.
+    fn places(&self, k: &Kernels) -> Result<Self::Layout> {
+        Ok(self.layout(k, &mut self.workspace().places(self.bytes(k))?))
+    }
+}
+
+/// Floats that a product leaves.
+fn sum_floats(splits: u32, rows: u32, columns: u32) -> usize {
+    splits as usize * rows as usize * columns as usize
+}
+
 /// An address that must be there, a multiple of `align`.
 fn pointer(name: &str, at: Ptr, align: u64) -> Result<()> {
     if at == Ptr::NULL {

@@ -1,6 +1,8 @@
 //! Which KV heads each sequence keeps: a router and its top-k, or the top-k of a host's own scores.
 
-use super::{Launcher, MAX_ROWS, Ops, Queue, Workspace, count, optional, pointer, width};
+use super::{
+    Launcher, MAX_ROWS, Operator, Ops, Queue, Workspace, count, optional, pointer, sum_floats, width,
+};
 use crate::backend::cuda::launch::{Kernels, MAX_UNITS};
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{Partial, Ptr, SelectParams};
@@ -42,12 +44,14 @@ pub struct HeadSelection {
     pub workspace: Workspace,
 }
 
-struct Layout {
+pub(super) struct Layout {
     sums: Ptr,
     nan_count: Ptr,
 }
 
-impl HeadSelection {
+impl Operator for HeadSelection {
+    type Layout = Layout;
+
     fn kernels<'a>(&self, ops: &'a Ops) -> Result<&'a Kernels> {
         count("num_sequences", self.sequences, MAX_ROWS)?;
         count("num_kv_heads", self.kv_heads, MAX_UNITS)?;
@@ -64,26 +68,24 @@ impl HeadSelection {
         ops.rows(self.dtype)
     }
 
-    fn layout(&self, k: &Kernels, p: &mut Places) -> Layout {
+    fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout {
         let mut sums = 0;
         if self.logits == Ptr::NULL {
-            let (_, splits) = k.linear(self.sequences, self.router_rows, self.hidden);
-            sums = splits as usize * self.sequences as usize * self.router_rows as usize;
+            let (rows, n) = (self.sequences, self.router_rows);
+            sums = sum_floats(k.linear(rows, n, self.hidden).1, rows, n);
         }
         Layout { sums: p.take(sums, 4), nan_count: p.take(1, 4) }
     }
 
-    fn bytes(&self, k: &Kernels) -> u64 {
-        let mut p = Places::from(Ptr::NULL);
-        self.layout(k, &mut p);
-        p.used()
+    fn workspace(&self) -> Workspace {
+        self.workspace
     }
 }
 
 impl Ops {
     /// Bytes of workspace that `op` needs.
     pub fn head_selection_workspace(&self, op: &HeadSelection) -> Result<u64> {
-        Ok(op.bytes(op.kernels(self)?))
+        op.needed(self)
     }
 
     /// Selects.
@@ -97,7 +99,7 @@ impl Ops {
         if op.zero != Ptr::NULL {
             width("group_width", op.unit_width)?;
         }
-        let l = op.layout(k, &mut op.workspace.places(op.bytes(k))?);
+        let l = op.places(k)?;
         let queue = Queue::new(launcher);
         let logits = if op.logits == Ptr::NULL {
             pointer("x", op.x, 16)?;
