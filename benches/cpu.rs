@@ -22,8 +22,8 @@ mod rig;
 mod rival;
 #[path = "support/routers.rs"]
 mod routers;
-#[path = "support/shapes.rs"]
-mod shapes;
+#[path = "../tests/rig/specs.rs"]
+mod specs;
 
 use polar_sparsity::backend::{Backend, WeightOptions};
 use polar_sparsity::dtype::DType;
@@ -130,7 +130,7 @@ fn processor() -> String {
 }
 
 fn model(bench: &mut Bench, name: &str) {
-    let spec = shapes::spec(name);
+    let spec = specs::named(name);
     let rig = Rig::new(spec, bench.threads, MLP_SHARE, WeightOptions::default()).unwrap();
     prefill(bench, name, &rig);
     if name == "opt-1.3b" {
@@ -146,7 +146,7 @@ fn model(bench: &mut Bench, name: &str) {
     }
     drop(rig);
     let int8 = WeightOptions { dtype: Some(DType::I8) };
-    let rig = Rig::new(shapes::spec(name), bench.threads, MLP_SHARE, int8).unwrap();
+    let rig = Rig::new(specs::named(name), bench.threads, MLP_SHARE, int8).unwrap();
     for batch in [1, 8] {
         let mut cache = rig.cache(batch, 512, batch).unwrap();
         bench.measure_ceiling();

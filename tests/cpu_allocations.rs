@@ -4,7 +4,8 @@ mod rig;
 
 use polar_sparsity::dtype::DType;
 use polar_sparsity::sparsity::{MlpMode, SeqSetting};
-use rig::synthetic::{Synthetic, opt, routers};
+use rig::specs::opt;
+use rig::synthetic::{Synthetic, routers};
 use rig::{Rig, Setup};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};

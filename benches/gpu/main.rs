@@ -13,8 +13,8 @@ mod layer;
 mod models;
 mod prefill;
 mod sampling;
-#[path = "../support/shapes.rs"]
-mod shapes;
+#[path = "../../tests/rig/specs.rs"]
+mod specs;
 mod steps;
 mod timing;
 

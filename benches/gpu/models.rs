@@ -1,6 +1,6 @@
 //! The models whose steps are reported, and what the paper keeps of them.
 
-use crate::shapes;
+use crate::specs;
 use polar_sparsity::model::ModelSpec;
 use polar_sparsity::sparsity::router::{AttnInfo, AttnUnit, MlpInfo, RouterInfo};
 
@@ -23,7 +23,7 @@ pub(crate) fn all() -> impl Iterator<Item = Model> {
     ];
     listed.into_iter().map(|(name, density, neurons)| Model {
         name,
-        spec: shapes::spec(name),
+        spec: specs::named(name),
         density,
         neurons,
     })

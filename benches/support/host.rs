@@ -1,7 +1,7 @@
 //! What the host costs per step: a full engine on the null backend, whose stages do nothing.
 
 use super::random::Random;
-use super::shapes;
+use super::specs;
 use polar_sparsity::backend::Backend;
 use polar_sparsity::backend::null::Null;
 use polar_sparsity::engine::{
@@ -45,7 +45,7 @@ impl EventSink for Nothing {
 pub fn measure(batch: u32) -> Value {
     const STEPS: u32 = 1000;
     let null = Arc::new(Null::new());
-    let weights = null.upload(&Random::new(shapes::spec("llama-3.2-1b")), Default::default(), &mut |_, _| 0);
+    let weights = null.upload(&Random::new(specs::named("llama-3.2-1b")), Default::default(), &mut |_, _| 0);
     let model = ModelOn::new(null, weights.expect("weights"));
     let options =
         EngineOptions { max_batch: batch, kv_bytes: 8 << 30, max_context: 4096, ..Default::default() };

@@ -2,7 +2,7 @@
 //! `tools/rivals` has what fetches and builds them.
 
 use super::rig::{Rig, Shape};
-use super::shapes;
+use super::specs;
 use polar_sparsity::backend::WeightOptions;
 use polar_sparsity::sparsity::MlpMode;
 use serde_json::{Value, json};
@@ -49,7 +49,7 @@ impl Rival {
 
 /// Tokens per second of all, one line per rival and kind of work.
 pub fn compare(model: &str, rivals: &[Rival], threads: u32, quick: bool) -> Vec<Value> {
-    let rig = Rig::new(shapes::spec(model), threads, 0.1, WeightOptions::default()).expect("a model");
+    let rig = Rig::new(specs::named(model), threads, 0.1, WeightOptions::default()).expect("a model");
     let rounds = if quick { 1 } else { 3 };
     let mut lines = Vec::new();
     for (name, batch) in [("decode batch 1", 1), ("decode batch 8", 8), ("prefill 512", 0)] {

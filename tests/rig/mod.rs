@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test uses a part")]
 #![allow(clippy::unwrap_used, reason = "a test stops at errors")]
 
+pub mod specs;
 pub mod synthetic;
 
 use polar_sparsity::backend::cpu::{Cpu, Isa};

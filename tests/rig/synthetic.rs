@@ -5,9 +5,7 @@
 use polar_sparsity::dtype::{DType, bf16, f16};
 use polar_sparsity::error::{Error, Result};
 use polar_sparsity::format::{Limits, TensorSource};
-use polar_sparsity::model::{
-    Activation, Family, Fingerprint, LayerRole, ModelSpec, Norm, Position, Role, Weights,
-};
+use polar_sparsity::model::{Fingerprint, LayerRole, ModelSpec, Role, Weights};
 use polar_sparsity::sparsity::RouterFile;
 use polar_sparsity::tensor::{Shape, TensorInfo};
 
@@ -21,59 +19,6 @@ pub struct Synthetic {
 impl Synthetic {
     pub fn new(spec: ModelSpec) -> Synthetic {
         Synthetic { spec, seed: 1, poison: |_, _| None }
-    }
-}
-
-/// A LLaMA-like model.
-pub fn llama(
-    dtype: DType,
-    layers: u32,
-    hidden: u32,
-    heads: (u32, u32),
-    head_dim: u32,
-    ffn: u32,
-) -> ModelSpec {
-    let half = head_dim / 2;
-    let inv_freq = (0..half).map(|i| 1e4f32.powf(-(i as f32) / half as f32)).collect();
-    ModelSpec {
-        family: Family::Llama,
-        vocab_size: 256,
-        num_layers: layers,
-        hidden_size: hidden,
-        num_heads: heads.0,
-        num_kv_heads: heads.1,
-        head_dim,
-        ffn_size: ffn,
-        max_positions: 1 << 16,
-        norm: Norm::Rms,
-        norm_eps: 1e-5,
-        position: Position::Rope { inv_freq },
-        activation: Activation::SiluGated,
-        window: None,
-        qk_norm: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        tied_head: false,
-        dtype,
-        bos_token: None,
-        eos_tokens: vec![],
-    }
-}
-
-/// An OPT-like model.
-pub fn opt(dtype: DType, layers: u32, heads: u32, head_dim: u32, ffn: u32) -> ModelSpec {
-    ModelSpec {
-        family: Family::Opt,
-        norm: Norm::Layer,
-        position: Position::Learned { offset: 2 },
-        activation: Activation::Relu,
-        qkv_bias: true,
-        o_bias: true,
-        mlp_bias: true,
-        tied_head: true,
-        max_positions: 1 << 13,
-        ..llama(dtype, layers, heads * head_dim, (heads, heads), head_dim, ffn)
     }
 }
 
@@ -108,39 +53,17 @@ fn put(dtype: DType, v: f32, e: &mut [u8]) {
     }
 }
 
-fn shape(s: &ModelSpec, role: Role) -> Shape {
-    let (d, f) = (s.hidden_size as usize, s.ffn_size as usize);
-    let offset = if let Position::Learned { offset } = s.position { offset } else { 0 };
-    match role {
-        Role::Embed | Role::Head => Shape::d2(s.vocab_size as usize, d),
-        Role::PositionEmbed => Shape::d2((s.max_positions + offset) as usize, d),
-        Role::FinalNormWeight | Role::FinalNormBias => Shape::d1(d),
-        Role::Layer(_, r) => match r {
-            LayerRole::Q => Shape::d2(s.q_size(), d),
-            LayerRole::K | LayerRole::V => Shape::d2(s.kv_size(), d),
-            LayerRole::O => Shape::d2(d, s.q_size()),
-            LayerRole::Gate | LayerRole::Up => Shape::d2(f, d),
-            LayerRole::Down => Shape::d2(d, f),
-            LayerRole::QBias => Shape::d1(s.q_size()),
-            LayerRole::KBias | LayerRole::VBias => Shape::d1(s.kv_size()),
-            LayerRole::QNorm | LayerRole::KNorm => Shape::d1(s.head_dim as usize),
-            LayerRole::GateBias | LayerRole::UpBias => Shape::d1(f),
-            _ => Shape::d1(d),
-        },
-    }
-}
-
 impl Weights for Synthetic {
     fn spec(&self) -> &ModelSpec {
         &self.spec
     }
 
     fn info(&self, role: Role) -> Option<TensorInfo> {
-        Some(TensorInfo { dtype: self.spec.dtype, shape: shape(&self.spec, role) })
+        Some(TensorInfo { dtype: self.spec.dtype, shape: self.spec.shape(role)? })
     }
 
     fn read_rows(&self, role: Role, first: usize, count: usize, dst: &mut [u8]) -> Result<()> {
-        let shape = shape(&self.spec, role);
+        let shape = self.spec.shape(role).unwrap();
         let dims = shape.dims();
         let (mean, spread, width) = match (role, dims.len()) {
             (Role::Embed | Role::PositionEmbed, _) => (0.0, 1.0, dims[1]),

@@ -12,7 +12,8 @@ use crate::format::{Limits as FileLimits, Shards, TensorSource};
 use crate::model::{self, Fingerprint, ModelSpec, Weights};
 use crate::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
 use crate::tensor::TensorInfo;
-use rig::synthetic::{Rng, Synthetic, llama, opt, routers};
+use rig::specs::{llama, opt};
+use rig::synthetic::{Rng, Synthetic, routers};
 use rig::{DENSE, Rig, Setup};
 use std::path::Path;
 
