@@ -115,6 +115,9 @@ typedef uint32_t polar_backend;
 // How important a line of the log is, or the least important ones that are written.
 typedef uint32_t polar_log_level;
 
+// Bits of `polar_context_options.flags`.
+typedef uint32_t polar_context_flags;
+
 // How to make a context. Zero in a field means the default.
 typedef struct {
   // Set by `polar_context_options_init`.
@@ -127,8 +130,8 @@ typedef struct {
   polar_log_level log_level;
   // Size of the log that `polar_log_drain` reads; 0 = 64 KiB.
   uint32_t log_ring_kib;
-  // Must be 0.
-  uint32_t reserved;
+  // `POLAR_CONTEXT_` bits.
+  polar_context_flags flags;
   // Most bytes of a model's or a router file's tensors.
   uint64_t max_file_bytes;
   // Largest safetensors header that is read, in bytes.
@@ -756,6 +759,13 @@ typedef struct {
 
 // Nothing.
 #define POLAR_LOG_OFF 5
+
+// On a GPU, large matrix products are done by the kernel that NVIDIA's cuBLASLt proposes first: the same
+// one each time, on the same kind of GPU with the same cuBLASLt. Without this flag its proposals and this
+// library's own kernel are timed when a shape of product is first met, and the fastest is kept. That is
+// faster at some shapes, but two processes may choose different kernels, and then their results may differ
+// in the last bits. The CPU times nothing.
+#define POLAR_CONTEXT_UNTIMED_PRODUCTS 1
 
 // As the files have them.
 #define POLAR_DTYPE_STORED 0

@@ -88,7 +88,7 @@ macro_rules! layouts {
 
 layouts! {
     polar_error { struct_size, code, os_code, device_code, message }
-    polar_context_options { struct_size, backend, threads, log_level, log_ring_kib, reserved, max_file_bytes, max_header_bytes }
+    polar_context_options { struct_size, backend, threads, log_level, log_ring_kib, flags, max_file_bytes, max_header_bytes }
     polar_device_info { struct_size, ordinal, backend, compute_capability, memory_total, memory_free, usable, reserved, name, uuid }
     polar_load_options { struct_size, device, weight_dtype, flags }
     polar_model_info { struct_size, vocab_size, num_layers, num_heads, num_kv_heads, head_dim, hidden_size, ffn_size, max_positions, dtype, bos_token, n_eos, eos_tokens, weight_bytes, family, device_name }

@@ -135,6 +135,9 @@ type ContextOptions struct {
 	LogRingKiB     uint32
 	MaxFileBytes   uint64
 	MaxHeaderBytes uint64
+	// UntimedProducts: a GPU takes cuBLASLt's first proposal for a matrix product, the same in every
+	// process, instead of the fastest kernel it finds by timing.
+	UntimedProducts bool
 }
 
 // Context has the devices and the log.
@@ -153,6 +156,9 @@ func NewContext(o ContextOptions) (*Context, error) {
 	co.backend, co.threads = C.polar_backend(o.Backend), C.uint32_t(o.Threads)
 	co.log_level, co.log_ring_kib = C.polar_log_level(o.LogLevel), C.uint32_t(o.LogRingKiB)
 	co.max_file_bytes, co.max_header_bytes = C.uint64_t(o.MaxFileBytes), C.uint64_t(o.MaxHeaderBytes)
+	if o.UntimedProducts {
+		co.flags |= C.POLAR_CONTEXT_UNTIMED_PRODUCTS
+	}
 	ctx, er := new(Context), newError()
 	return ctx, check(C.polar_context_create(&co, &ctx.c, &er), &er)
 }

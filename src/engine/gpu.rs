@@ -15,20 +15,27 @@ pub(super) type Gpu = Cuda<driver::Driver>;
 
 /// Devices opened so far, by ordinal.
 #[cfg(feature = "cuda")]
-#[derive(Default)]
 pub(super) struct Gpus {
+    untimed_products: bool,
     opened: Mutex<Vec<(u32, Arc<Gpu>)>>,
 }
 
 #[cfg(feature = "cuda")]
 impl Gpus {
+    /// None opened.
+    pub(super) fn new(untimed_products: bool) -> Gpus {
+        Gpus { untimed_products, opened: Mutex::default() }
+    }
+
     /// Device `ordinal`, shared by all models of the context.
     pub(super) fn open(&self, ordinal: u32) -> Result<Arc<Gpu>> {
         let mut opened = self.opened.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((_, gpu)) = opened.iter().find(|o| o.0 == ordinal) {
             return Ok(Arc::clone(gpu));
         }
-        let gpu = Arc::new(Cuda::new(Arc::new(driver::Driver::open(ordinal)?), true));
+        let mut driver = driver::Driver::open(ordinal)?;
+        driver.time_products(!self.untimed_products);
+        let gpu = Arc::new(Cuda::new(Arc::new(driver), true));
         opened.push((ordinal, Arc::clone(&gpu)));
         Ok(gpu)
     }

@@ -35,6 +35,9 @@ pub struct ContextOptions {
     pub threads: u32,
     /// Instruction set of the CPU backend; `None` = the best this machine has. For tests.
     pub isa: Option<Isa>,
+    /// GPUs take the vendor library's first proposal for a product instead of timing several kernels: the
+    /// same one in every process.
+    pub untimed_products: bool,
     /// What files may ask for.
     pub limits: FileLimits,
 }
@@ -80,7 +83,7 @@ impl Context {
             limits: options.limits.clone(),
             choice: options.backend,
             #[cfg(feature = "cuda")]
-            gpus: gpu::Gpus::default(),
+            gpus: gpu::Gpus::new(options.untimed_products),
         })
     }
 

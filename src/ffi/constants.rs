@@ -94,6 +94,16 @@ pub const POLAR_LOG_DEBUG: polar_log_level = 4;
 /// Nothing.
 pub const POLAR_LOG_OFF: polar_log_level = 5;
 
+/// Bits of `polar_context_options.flags`.
+pub type polar_context_flags = u32;
+
+/// On a GPU, large matrix products are done by the kernel that NVIDIA's cuBLASLt proposes first: the same
+/// one each time, on the same kind of GPU with the same cuBLASLt. Without this flag its proposals and this
+/// library's own kernel are timed when a shape of product is first met, and the fastest is kept. That is
+/// faster at some shapes, but two processes may choose different kernels, and then their results may differ
+/// in the last bits. The CPU times nothing.
+pub const POLAR_CONTEXT_UNTIMED_PRODUCTS: polar_context_flags = 1;
+
 /// Type of weights.
 pub type polar_dtype = u32;
 

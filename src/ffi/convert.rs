@@ -27,7 +27,7 @@ const DEFAULT_RING_KIB: u32 = 64;
 
 pub(super) fn context_options(o: &polar_context_options) -> Result<ContextOptions> {
     at_most("threads", o.threads, MAX_THREADS)?;
-    zero("polar_context_options.reserved", &[o.reserved])?;
+    flags("polar_context_options.flags", o.flags, POLAR_CONTEXT_UNTIMED_PRODUCTS)?;
     let defaults = Limits::default();
     Ok(ContextOptions {
         backend: match o.backend {
@@ -38,6 +38,7 @@ pub(super) fn context_options(o: &polar_context_options) -> Result<ContextOption
         },
         threads: o.threads,
         isa: None,
+        untimed_products: o.flags & POLAR_CONTEXT_UNTIMED_PRODUCTS != 0,
         limits: Limits {
             max_file_bytes: or(o.max_file_bytes, defaults.max_file_bytes),
             max_header_bytes: or(o.max_header_bytes, defaults.max_header_bytes),
@@ -361,6 +362,12 @@ mod tests {
     fn options_are_checked() {
         let context = polar_context_options { backend: 3, ..zeroed() };
         assert!(context_options(&context).is_err());
+        for (flags, untimed) in [(0, false), (POLAR_CONTEXT_UNTIMED_PRODUCTS, true)] {
+            let context = polar_context_options { flags, ..zeroed() };
+            assert_eq!(context_options(&context).expect("valid").untimed_products, untimed);
+        }
+        let context = polar_context_options { flags: 2, ..zeroed() };
+        assert!(context_options(&context).is_err_and(|e| e.message.contains("polar_context_options.flags")));
         assert!(context_options(&polar_context_options { threads: 1 << 20, ..zeroed() }).is_err());
         assert!(log_options(&polar_context_options { log_level: 6, ..zeroed() }).is_err());
         assert!(load_options(&polar_load_options { flags: 4, ..zeroed() }).is_err());

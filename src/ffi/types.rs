@@ -63,8 +63,8 @@ pub struct polar_context_options {
     pub log_level: polar_log_level,
     /// Size of the log that `polar_log_drain` reads; 0 = 64 KiB.
     pub log_ring_kib: u32,
-    /// Must be 0.
-    pub reserved: u32,
+    /// `POLAR_CONTEXT_` bits.
+    pub flags: polar_context_flags,
     /// Most bytes of a model's or a router file's tensors.
     pub max_file_bytes: u64,
     /// Largest safetensors header that is read, in bytes.

@@ -80,9 +80,12 @@ static void context_values(void) {
   INVALID(polar_context_create(&o, &ctx, &err));
   o = good, o.threads = UINT32_MAX;
   INVALID(polar_context_create(&o, &ctx, &err));
-  o = good, o.reserved = 1;
+  o = good, o.flags = POLAR_CONTEXT_UNTIMED_PRODUCTS << 1;
   INVALID(polar_context_create(&o, &ctx, &err));
   CHECK(ctx == NULL);
+  o = good, o.backend = POLAR_BACKEND_CPU, o.flags = POLAR_CONTEXT_UNTIMED_PRODUCTS;
+  OK(polar_context_create(&o, &ctx, &err));
+  polar_context_free(ctx);
 }
 
 static void load_values(polar_context *ctx, const char *data) {
