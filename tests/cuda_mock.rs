@@ -16,6 +16,13 @@ fn driver() -> &'static Path {
     FOLDER.get_or_init(|| build_driver("driver", &[]))
 }
 
+/// A driver and, in the same file, a cuBLASLt.
+fn driver_with_library() -> PathBuf {
+    let folder = build_driver("library", &["tests/mock/cublaslt.cpp"]);
+    std::os::unix::fs::symlink("libcuda.so.1", folder.join("libcublasLt.so")).expect("the folder is new");
+    folder
+}
+
 fn build_driver(name: &str, flags: &[&str]) -> PathBuf {
     let folder = scratch(name);
     let mut command = Command::new(compiler("g++").expect("g++"));
@@ -35,16 +42,16 @@ fn program(library: &Library, file: &str) -> PathBuf {
     out
 }
 
-/// Runs it with that driver and environment; its exit status and what it printed.
-fn start(
-    library: &Library,
-    program: &Path,
-    driver: &Path,
-    environment: &[(&str, &str)],
-) -> (Option<i32>, String) {
+/// It with that driver and environment.
+fn command(library: &Library, program: &Path, driver: &Path, environment: &[(&str, &str)]) -> Command {
     let path = format!("{}:{}", driver.display(), library.folder.display());
     let mut command = Command::new(program);
     command.env("LD_LIBRARY_PATH", path).envs(environment.iter().copied());
+    command
+}
+
+/// Its exit status and what it printed.
+fn start(mut command: Command) -> (Option<i32>, String) {
     let output = command.output().expect("runs");
     let text = [output.stdout, output.stderr].map(|b| String::from_utf8_lossy(&b).into_owned()).concat();
     (output.status.code(), text)
@@ -54,12 +61,42 @@ fn start(
 #[test]
 fn a_host_runs_the_operators_in_its_own_context() {
     let library = Library::link(scratch("mock-operators"));
-    let (status, text) = start(&library, &program(&library, "examples-c/operators.c"), driver(), &[]);
+    let program = program(&library, "examples-c/operators.c");
+    let (status, text) = start(command(&library, &program, driver(), &[]));
     if cfg!(polar_kernels) {
         assert!(status == Some(0) && text.contains("all agree"), "{status:?}\n{text}");
     } else {
         assert!(status == Some(77) && text.contains("this build has no kernels"), "{status:?}\n{text}");
     }
+}
+
+/// Timing finds the faster of two proposals; a context that wants none takes the first for all products.
+#[test]
+fn a_context_decides_whether_products_are_timed() {
+    let library = Library::link(scratch("mock-products"));
+    let (program, driver) = (program(&library, "tests/c/products.c"), driver_with_library());
+    // Too little memory to empty a cache with: there is none, and it would only take time.
+    let memory = [("MOCK_MEMORY", "100000000")];
+    let generate = |flag: &[&str]| {
+        let mut command = command(&library, &program, &driver, &memory);
+        command.arg(root().join("tests/data/golden")).args(flag);
+        start(command).1
+    };
+    let (timed, untimed) = (generate(&[]), generate(&["untimed"]));
+    if !cfg!(polar_kernels) {
+        assert!(timed.contains("this build has no kernels"), "{timed}");
+        return;
+    }
+    let parse = |text: &str| {
+        let (tokens, counts) = text.trim_end().split_once('\n').unwrap_or_else(|| panic!("{text}"));
+        let mut runs = counts.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse::<u32>().ok());
+        let runs = runs.next().zip(runs.next()).unwrap_or_else(|| panic!("{text}"));
+        (tokens.split_whitespace().map(str::to_owned).collect::<Vec<_>>(), runs)
+    };
+    let ((tokens, (first, second)), (same, (every, none))) = (parse(&timed), parse(&untimed));
+    assert_eq!((tokens.len(), &tokens), (6, &same));
+    assert!(second > first && first > 0, "{timed}");
+    assert!(every > 0 && none == 0, "{untimed}");
 }
 
 /// What `devices` prints of the GPUs, and of a context that wants nothing else.
@@ -69,14 +106,12 @@ fn devices(
     driver: &Path,
     environment: &[(&str, &str)],
 ) -> (String, String) {
-    let (status, text) = start(library, program, driver, environment);
+    let (status, text) = start(command(library, program, driver, environment));
     assert_eq!(status, Some(0), "{text}");
     let (cpu, gpu) = text.trim_end().split_once('\n').expect("two lines");
     assert!(cpu.starts_with("cpu usable "), "{text}");
-    let mut command = Command::new(program);
-    let path = format!("{}:{}", driver.display(), library.folder.display());
-    command.arg("cuda").env("LD_LIBRARY_PATH", path).envs(environment.iter().copied());
-    (gpu.to_owned(), run(&mut command).trim_end().to_owned())
+    let mut command = command(library, program, driver, environment);
+    (gpu.to_owned(), run(command.arg("cuda")).trim_end().to_owned())
 }
 
 /// Each kind of machine gets its own sentence; the processor works on all of them.

@@ -3,6 +3,8 @@
 // run on the host executor. Strict where a driver is: a launch needs the context its module was loaded
 // in, and nothing may be allocated, loaded or waited for while a stream records.
 //
+// Its clock advances by what work says it takes (cuda.h); a kernel takes a millisecond.
+//
 // Environment: MOCK_DEVICES (1), MOCK_VERSION (13000), MOCK_CAPABILITY (90), MOCK_MEMORY (bytes, 1 GiB),
 // MOCK_FAIL ("name n code": the n-th call of that function answers with that code), MOCK_KERNELS (0: the
 // image has none for this device). -DWITHOUT_VERSION and -DWITHOUT_FUNC_LOAD leave a function out.
@@ -12,17 +14,21 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 #include "../../cuda/host/executor.h"
+#include "cuda.h"
 
 extern "C" int polar_host_launch(const char*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, const void*);
 
 namespace {
 
-using Work = std::function<int()>;
+using mock::Work;
 struct Context { int device; };
-struct Stream { Context* context; bool recording; std::vector<Work> work; };
+// `into`: the stream that began the recording which takes this one's work; itself, or by an event.
+struct Stream { Context* context; Stream* into = nullptr; std::vector<Work> work; };
+struct Event { Stream* into; double at; };
 struct Module { Context* context; };
 struct Function { Module* module; std::string name; bool loaded; };
 
@@ -37,7 +43,9 @@ bool initialised = false;
 Stream* recording = nullptr;
 std::map<uint64_t, size_t> memory;
 std::map<Context*, int> contexts;
+std::set<Stream*> streams;
 size_t used = 0;
+double now = 0;  // microseconds
 
 long setting(const char* name, long otherwise) {
     const char* text = getenv(name);
@@ -56,18 +64,23 @@ int planned(const char* name) {
 }
 
 Context* top() { return current.empty() ? nullptr : current.back(); }
-int enqueue(void* stream, Work work) {
+
+}  // namespace
+
+int mock::enqueue(void* stream, Work work) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
     Stream* s = (Stream*)stream;
     if (!top()) return INVALID_CONTEXT;
     if (s && s->context != top()) return INVALID_CONTEXT;
-    if (s && s->recording) {
-        s->work.push_back(work);
+    if (s && s->into) {
+        s->into->work.push_back(work);
         return OK;
     }
     return work();
 }
+using mock::enqueue;
 
-}  // namespace
+void mock::pass(double microseconds) { now += microseconds; }
 
 #define CALL(name, ...)                                        \
     extern "C" int name(__VA_ARGS__) {                         \
@@ -150,6 +163,7 @@ CALL(cuLaunchKernelEx, const Config* c, Function* f, void** arguments, void**)
     const Config config = *c;
     const std::string name = f->name;
     return enqueue(config.stream, [=] {
+        mock::pass(1000);
         return polar_host_launch(name.c_str(), config.x, config.y, config.threads, config.shared, 0, parameters.data()) == 0 ? OK : NOT_FOUND;
     });
 }
@@ -188,21 +202,36 @@ CALL(cuMemsetD8Async, uint64_t at, unsigned char v, size_t n, void* s)
     return enqueue(s, [=] { memset((void*)at, v, n); return OK; });
 }
 
-CALL(cuStreamCreate, Stream** out, unsigned) if (!top()) return INVALID_CONTEXT; *out = new Stream{top(), false, {}}; END
-CALL(cuStreamDestroy_v2, Stream* s) delete s; END
+CALL(cuMemHostAlloc, void** at, size_t bytes, unsigned)
+    NOT_WHILE_RECORDING;
+    if (!(*at = aligned_alloc(512, (bytes + 511) / 512 * 512))) return NO_MEMORY;
+END
+CALL(cuMemFreeHost, void* at) NOT_WHILE_RECORDING; free(at); END
+
+CALL(cuCtxGetStreamPriorityRange, int* least, int* greatest) *least = 0; *greatest = -1; END
+CALL(cuStreamCreate, Stream** out, unsigned) if (!top()) return INVALID_CONTEXT; streams.insert(*out = new Stream{top()}); END
+extern "C" int cuStreamCreateWithPriority(Stream** out, unsigned flags, int) { return cuStreamCreate(out, flags); }
+CALL(cuStreamDestroy_v2, Stream* s) streams.erase(s); delete s; END
 CALL(cuStreamSynchronize, Stream*) NOT_WHILE_RECORDING; END
 CALL(cuStreamQuery, Stream*) NOT_WHILE_RECORDING; END
-CALL(cuStreamBeginCapture_v2, Stream* s, int) if (s->recording) return CAPTURE; s->recording = true; recording = s; s->work.clear(); END
+CALL(cuStreamBeginCapture_v2, Stream* s, int) if (recording) return CAPTURE; recording = s->into = s; s->work.clear(); END
 CALL(cuStreamEndCapture, Stream* s, std::vector<Work>** graph)
-    if (!s->recording) return CAPTURE;
+    if (s->into != s) return CAPTURE;
     *graph = new std::vector<Work>(s->work);
-    s->recording = false;
+    for (Stream* each : streams) each->into = nullptr;
     recording = nullptr;
 END
+CALL(cuEventCreate, Event** out, unsigned) *out = new Event{nullptr, 0}; END
+CALL(cuEventDestroy_v2, Event* e) delete e; END
+CALL(cuEventRecord, Event* e, Stream* s) *e = Event{s ? s->into : nullptr, now}; END
+CALL(cuEventSynchronize, Event*) NOT_WHILE_RECORDING; END
+CALL(cuEventElapsedTime_v2, float* ms, Event* from, Event* to) *ms = (float)(to->at - from->at) / 1000; END
+CALL(cuStreamWaitEvent, Stream* s, Event* e, unsigned) if (e->into) s->into = e->into; END
 CALL(cuGraphInstantiateWithFlags, std::vector<Work>** exec, std::vector<Work>* graph, unsigned long long) *exec = new std::vector<Work>(*graph); END
 CALL(cuGraphLaunch, std::vector<Work>* exec, void* stream)
     for (const Work& work : *exec)
         if (int code = enqueue(stream, work)) return code;
 END
+CALL(cuGraphUpload, std::vector<Work>*, void*) END
 CALL(cuGraphExecDestroy, std::vector<Work>* exec) delete exec; END
 CALL(cuGraphDestroy, std::vector<Work>* graph) delete graph; END
