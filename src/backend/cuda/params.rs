@@ -20,7 +20,7 @@ impl Ptr {
 /// No page, no group, no limit.
 pub const NONE: u32 = u32::MAX;
 /// Virtual pages that opening a segment of a sequence costs.
-pub const SEGMENT_COST: u32 = 6;
+pub const SEGMENT_COST: u32 = 4;
 /// Bins of a row's first histogram when sampling.
 pub const SAMPLE_BINS: usize = 2048;
 /// Tokens of a row's list of candidates.
