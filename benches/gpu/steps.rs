@@ -36,9 +36,11 @@ impl History for Greedy {
     }
 }
 
-/// Steps before a setting is timed: it is launched, then recorded, then replayed.
+/// Steps before a setting is timed: it is launched, then recorded, then replayed; and at least this long, since
+/// a GPU that was idle takes a while to reach the clocks it has in service.
 const WARM_UP: usize = 3;
-const TIMED: usize = 10;
+const WARM_UP_MS: u128 = 150;
+const TIMED: usize = 15;
 
 /// Median of whole steps, and of the host's part of them, milliseconds.
 struct Times {
@@ -103,7 +105,10 @@ fn point(
         let mut report = Report::with_limits(&limits).unwrap();
         let (mut whole, mut host) = (vec![], vec![]);
         let mut program = 0;
-        for i in 0..WARM_UP + TIMED {
+        let began = Instant::now();
+        let mut i = 0;
+        while whole.len() < TIMED {
+            let warm = i >= WARM_UP && began.elapsed().as_millis() >= WARM_UP_MS;
             // The second step of a kind is recorded.
             if i == 1 {
                 program = cuda.free_memory().unwrap();
@@ -116,10 +121,11 @@ fn point(
             enqueue(&mut r, &step, &Greedy, &mut report).unwrap();
             let enqueued = start.elapsed().as_secs_f64() * 1e3;
             assert!(cuda.poll(&mut scratch, &step, &mut report, u64::MAX).unwrap());
-            if i >= WARM_UP {
+            if warm {
                 whole.push(start.elapsed().as_secs_f64() * 1e3);
                 host.push(enqueued);
             }
+            i += 1;
         }
         let median = |v: &mut Vec<f64>| {
             v.sort_by(f64::total_cmp);
