@@ -27,7 +27,8 @@ fn build_driver(name: &str, flags: &[&str]) -> PathBuf {
     let folder = scratch(name);
     let mut command = Command::new(compiler("g++").expect("g++"));
     command.args(["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-Wno-unknown-pragmas"]).args(flags);
-    command.args(["cuda/host/kernels_host.cpp", "cuda/host/executor.cpp", "tests/mock/cuda.cpp"]);
+    command.args(["kernels_host", "executor", "memory", "races"].map(|file| format!("cuda/host/{file}.cpp")));
+    command.arg("tests/mock/cuda.cpp");
     run(command.current_dir(root()).arg("-o").arg(folder.join("libcuda.so.1")));
     folder
 }

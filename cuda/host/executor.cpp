@@ -4,6 +4,7 @@
 #include <memory>
 #include <random>
 #include <stdlib.h>
+#include "races.h"
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -16,16 +17,9 @@ Grid grid;
 unsigned char* shared;
 std::vector<Late> late;
 
-void check_source(const void* source, uint32_t bytes) {
-    if (self->waited) return;
-    const unsigned char* at = (const unsigned char*)source;
-    for (const Late& l : late)
-        if (at < l.to && at + bytes > l.from) __builtin_trap();
-}
+std::vector<Warp> warps;
 
 namespace {
-
-constexpr size_t STACK = 256 * 1024;
 
 struct Fiber {
     Thread thread;
@@ -39,7 +33,6 @@ struct Fiber {
 };
 
 std::vector<Fiber> fibers;
-std::vector<Warp> warps;
 std::vector<int> order;
 const std::function<void()>* body;
 int block_arrived;
@@ -94,6 +87,7 @@ void fiber_main() {
 void prepare(Fiber& f) {
     if (!f.stack) f.stack.reset(new unsigned char[STACK]);
     f.done = f.thread.waited = false;
+    f.thread.stack = f.stack.get();
     f.thread.groups.clear();
     f.thread.open.clear();
 #ifdef __x86_64__
@@ -121,25 +115,32 @@ void yield() {
     leave(*current);
 }
 
-template <class Counter> static void barrier(Counter& arrived, uint64_t& generation, int expected) {
+// `met` is called when the last one has come, before any goes on.
+template <class Counter, class Met>
+static void barrier(Counter& arrived, uint64_t& generation, int expected, Met met) {
     uint64_t mine = generation;
     if (++arrived == expected) {
         arrived = 0;
         generation++;
         progress++;
+        met();
         return;
     }
     while (generation == mine) yield();
 }
 
-void sync_block() { barrier(block_arrived, block_generation, grid.threads); }
+void sync_block() { barrier(block_arrived, block_generation, grid.threads, races::block_met); }
 
-void sync_warp() {
+template <class Met> static void meet(Met met) {
     Warp& w = warp();
-    barrier(w.arrived, w.generation, std::min(32, grid.threads - self->index / 32 * 32));
+    barrier(w.arrived, w.generation, std::min(32, grid.threads - self->index / 32 * 32), met);
 }
+void sync_warp() { meet(races::warp_met); }
+void meet_warp() { meet([] {}); }
 
-int run(const Grid& g, const std::function<void()>& kernel) {
+void wait_for_previous() { self->waited = true; }
+
+static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
     grid = g;
     body = &kernel;
     fibers.resize(std::max<size_t>(fibers.size(), g.threads));
@@ -155,6 +156,7 @@ int run(const Grid& g, const std::function<void()>& kernel) {
         memset(memory.data(), 0xff, memory.size());  // NaN in every float type
         warps.assign((g.threads + 31) / 32, Warp());
         block_arrived = 0;
+        races::begin_block();
         order.resize(g.threads);
         for (int i = 0; i < g.threads; i++) {
             order[i] = i;
@@ -178,6 +180,7 @@ int run(const Grid& g, const std::function<void()>& kernel) {
                 current = &f;
                 self = &f.thread;
                 enter(f);
+                self = nullptr;
                 if (f.done) left--;
             }
             if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return 2;
@@ -187,4 +190,17 @@ int run(const Grid& g, const std::function<void()>& kernel) {
     return 0;
 }
 
+int run(const Grid& g, const std::function<void()>& kernel) {
+    races::begin_launch();
+    const int status = run_blocks(g, kernel);
+    races::end_launch();
+    return *races::found() ? 4 : status;
+}
+
 }  // namespace host
+
+// Memory that the kernels before are still writing when the next launches begin; 0 bytes: none any more.
+extern "C" void polar_host_late(const void* at, uint64_t bytes) {
+    if (bytes == 0) host::late.clear();
+    else host::late.push_back({(const unsigned char*)at, (const unsigned char*)at + bytes});
+}

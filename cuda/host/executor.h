@@ -14,7 +14,8 @@ struct Copy {
     void* target;
     const void* source;
     uint32_t bytes;
-    bool valid;
+    bool valid;   // else zeros
+    void* from;   // the code that asked for it
 };
 
 struct Warp {
@@ -26,6 +27,7 @@ struct Warp {
 struct Thread {
     int index = 0;
     bool waited = false;  // for the kernels before this one
+    const unsigned char* stack = nullptr;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;                 // not yet committed
 };
@@ -36,24 +38,41 @@ struct Grid {
     uint32_t seed = 0;  // 0: threads and blocks in order; else a shuffled order
 };
 
-// Where the running fiber is.
+// Where the running fiber is; no thread outside of fibers.
 extern Thread* self;
 extern int block_x, block_y;
 extern Grid grid;
 extern unsigned char* shared;
 
+constexpr size_t STACK = 256 * 1024;
+
 // Memory that the kernels before still write: an asynchronous copy from it before the wait is an error.
 struct Late { const unsigned char* from; const unsigned char* to; };
 extern std::vector<Late> late;
-void check_source(const void* source, uint32_t bytes);
 
+extern std::vector<Warp> warps;
 Warp& warp();
 void yield();
 void sync_block();
 void sync_warp();
+void meet_warp();  // as a shuffle does: all lanes wait for each other, but memory is not ordered
+void wait_for_previous();
+
+// memory.cpp
+uint32_t fetch_add(uint32_t* p, uint32_t v);
+uint64_t fetch_add(uint64_t* p, uint64_t v);
+uint32_t fetch_or(uint32_t* p, uint32_t v);
+uint64_t fetch_max(uint64_t* p, uint64_t v);
+void fence();
+void copy_issue(void* target, const void* source, uint32_t bytes, bool valid);
+void copy_commit();
+void copy_wait(size_t left);
+void tile_init(uint64_t* state);
+void tile_load(void* target, const void* source, uint32_t bytes, uint64_t* state);
+void tile_wait(uint64_t* state, uint32_t parity);
 
 // Runs `kernel` for every thread of the grid. 0: done. 2: a barrier was not reached by all threads (they
-// would wait for ever). 3: a block ended without having waited for the kernels before.
+// would wait for ever). 3: a block ended without having waited for the kernels before. 4: a race, see races.h.
 int run(const Grid& grid, const std::function<void()>& kernel);
 
 }  // namespace host

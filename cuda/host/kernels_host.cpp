@@ -73,12 +73,6 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
     return 1;
 }
 
-// Memory that the kernels before are still writing when the next launches begin; 0 bytes: none any more.
-extern "C" void polar_host_late(const void* at, uint64_t bytes) {
-    if (bytes == 0) host::late.clear();
-    else host::late.push_back({(const unsigned char*)at, (const unsigned char*)at + bytes});
-}
-
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),

@@ -3,8 +3,14 @@
 #pragma once
 #include <math.h>
 #include <string.h>
-#include <vector>
 #include "executor.h"
+#include "races.h"
+
+#ifdef __SANITIZE_THREAD__
+const bool races::instrumented = true;
+#else
+const bool races::instrumented = false;
+#endif
 
 #define KERNEL(threads, blocks) extern "C" void
 #define GRID_CONSTANT
@@ -28,34 +34,19 @@ DEVICE int lane_index() { return host::self->index & 31; }
 DEVICE int warp_index() { return host::self->index >> 5; }
 
 DEVICE void let_next_start() {}
-DEVICE void wait_for_previous() { host::self->waited = true; }
+DEVICE void wait_for_previous() { host::wait_for_previous(); }
 DEVICE void begin_kernel() { wait_for_previous(); }
 DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
 DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
-DEVICE void fence_device() {}
-DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) {
-    uint32_t old = *p;
-    *p = old + v;
-    return old;
-}
-DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) {
-    uint32_t old = *p;
-    *p = old | v;
-    return old;
-}
-DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) {
-    uint64_t old = *p;
-    *p = old + v;
-    return old;
-}
-DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) {
-    uint64_t old = *p;
-    *p = old > v ? old : v;
-    return old;
-}
+DEVICE void meet_warp() { host::meet_warp(); }
+DEVICE void fence_device() { host::fence(); }
+DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return host::fetch_add(p, v); }
+DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return host::fetch_or(p, v); }
+DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return host::fetch_add(p, v); }
+DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) { return host::fetch_max(p, v); }
 
 DEVICE uint32_t bits_of_float(float v) {
     uint32_t y;
@@ -71,9 +62,9 @@ DEVICE float float_of_bits(uint32_t v) {
 DEVICE uint32_t shuffle(uint32_t v, int lane) {
     host::Warp& w = host::warp();
     w.words[lane_index()][0] = v;
-    sync_warp();
+    meet_warp();
     uint32_t y = w.words[lane][0];
-    sync_warp();
+    meet_warp();
     return y;
 }
 DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return shuffle(v, lane_index() ^ mask); }
@@ -81,10 +72,10 @@ DEVICE float shuffle_xor(float v, int mask) { return float_of_bits(shuffle_xor(b
 DEVICE uint32_t vote(bool v) {
     host::Warp& w = host::warp();
     w.words[lane_index()][0] = v;
-    sync_warp();
+    meet_warp();
     uint32_t y = 0;
     for (int i = 0; i < 32; i++) y |= (w.words[i][0] & 1u) << i;
-    sync_warp();
+    meet_warp();
     return y;
 }
 DEVICE uint32_t warp_add(uint32_t v) {
@@ -139,7 +130,7 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
     int lane = lane_index(), g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; i++) w.words[lane][i] = a[i];
     for (int i = 0; i < 2; i++) w.words[lane][4 + i] = b[i];
-    sync_warp();
+    meet_warp();
     for (int i = 0; i < 4; i++) {
         int row = g + 8 * (i / 2), column = 2 * t + i % 2;
         float sum = 0;
@@ -150,7 +141,7 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
         }
         c[i] += sum;
     }
-    sync_warp();
+    meet_warp();
 }
 
 // Element (row, column) of matrix i as two bytes, from the 16 bytes each lane points at.
@@ -159,7 +150,7 @@ template <bool TRANSPOSED> void host_load_matrices(uint32_t (&out)[4], const voi
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
     if ((uintptr_t)row % 16) __builtin_trap();  // misaligned
     memcpy(w.words[lane], &row, sizeof row);
-    sync_warp();
+    meet_warp();
     for (int i = 0; i < 4; i++) {
         uint16_t two[2];
         for (int e = 0; e < 2; e++) {
@@ -170,67 +161,19 @@ template <bool TRANSPOSED> void host_load_matrices(uint32_t (&out)[4], const voi
         }
         out[i] = two[0] | (uint32_t)two[1] << 16;
     }
-    sync_warp();
+    meet_warp();
 }
 DEVICE void load_matrices(uint32_t (&out)[4], const void* row) { host_load_matrices<false>(out, row); }
 DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) { host_load_matrices<true>(out, row); }
 
-DEVICE void host_finish(const host::Copy& c) {
-    if (c.valid) memcpy(c.target, c.source, c.bytes);
-    else memset(c.target, 0, c.bytes);
-}
-DEVICE void host_issue(void* target, const void* source, uint32_t bytes, bool valid) {
-    host::check_source(source, valid ? bytes : 0);
-    memset(target, 0xff, bytes);
-    host::self->open.push_back({target, source, bytes, valid});
-}
-DEVICE void copy_async16(void* target, const void* source, bool valid) { host_issue(target, source, 16, valid); }
-DEVICE void copy_async8(void* target, const void* source, bool valid) { host_issue(target, source, 8, valid); }
-DEVICE void copy_commit() {
-    host::self->groups.push_back(host::self->open);
-    host::self->open.clear();
-}
-template <int N> void copy_wait() {
-    auto& groups = host::self->groups;
-    while (groups.size() > N) {
-        for (const host::Copy& c : groups.front()) host_finish(c);
-        groups.erase(groups.begin());
-    }
-}
+DEVICE void copy_async16(void* target, const void* source, bool valid) { host::copy_issue(target, source, 16, valid); }
+DEVICE void copy_async8(void* target, const void* source, bool valid) { host::copy_issue(target, source, 8, valid); }
+DEVICE void copy_commit() { host::copy_commit(); }
+template <int N> void copy_wait() { host::copy_wait(N); }
 
-// The barrier counts finished loads; the pending one (at most one a stage) lies in a table.
 struct TileBarrier { uint64_t state; };
-struct HostTile {
-    host::Copy copy;
-    bool pending;
-};
-DEVICE HostTile*& host_tile(TileBarrier* b) { return *(HostTile**)&b->state; }
-
-DEVICE void tile_init(TileBarrier* b) {
-    static std::vector<HostTile> pool(4096);
-    static size_t next = 0;
-    HostTile* tile = &pool[next++ % pool.size()];
-    tile->copy = {nullptr, nullptr, 0, true};
-    tile->pending = false;
-    host_tile(b) = tile;
-}
+DEVICE void tile_init(TileBarrier* b) { host::tile_init(&b->state); }
 DEVICE void tile_load(void* target, const void* source, uint32_t bytes, TileBarrier* b) {
-    if (lane_index() == 0) {
-        HostTile* tile = host_tile(b);
-        if (tile->pending) __builtin_trap();  // a stage loaded twice without a wait
-        host::check_source(source, bytes);
-        memset(target, 0xff, bytes);
-        tile->copy = {target, source, bytes, !tile->copy.valid};
-        tile->pending = true;
-    }
-    sync_warp();
+    host::tile_load(target, source, bytes, &b->state);
 }
-// `copy.valid` flips with every load: true before the first, so load 0 makes it false.
-DEVICE void tile_wait(TileBarrier* b, uint32_t parity) {
-    HostTile* tile = host_tile(b);
-    while (!tile->copy.target || (tile->copy.valid ? 1u : 0u) != parity) host::yield();  // not yet issued
-    if (tile->pending) {
-        memcpy(tile->copy.target, tile->copy.source, tile->copy.bytes);
-        tile->pending = false;
-    }
-}
+DEVICE void tile_wait(TileBarrier* b, uint32_t parity) { host::tile_wait(&b->state, parity); }

@@ -218,7 +218,7 @@ fn case() -> Case {
 }
 
 #[test]
-fn decode_every_head_size_and_type() {
+pub fn decode_every_head_size_and_type() {
     for dtype in [DType::BF16, DType::F16] {
         for hd in [64, 80, 96, 128, 256] {
             decode(
@@ -230,14 +230,14 @@ fn decode_every_head_size_and_type() {
 }
 
 #[test]
-fn decode_every_group() {
+pub fn decode_every_group() {
     for group in [1, 2, 4, 5, 7, 8, 12, 16] {
         decode(&Bench::new(0), &Case { group, lengths: vec![33, 1, 70], keep: vec![1, 2, 1], ..case() });
     }
 }
 
 #[test]
-fn decode_lengths_workers_and_orders() {
+pub fn decode_lengths_workers_and_orders() {
     for (multiprocessors, min_pages) in [(1, 4), (3, 1), (20, 1), (132, 4)] {
         orders(|b| {
             decode(b, &Case { multiprocessors, min_pages, keep: vec![2, 1, 3, 1, 2, 3, 1], ..case() })
@@ -246,14 +246,14 @@ fn decode_lengths_workers_and_orders() {
 }
 
 #[test]
-fn decode_ragged_long_among_ones() {
+pub fn decode_ragged_long_among_ones() {
     let mut lengths = vec![1; 9];
     lengths[4] = 900;
     decode(&Bench::new(5), &Case { lengths, keep: vec![1; 9], multiprocessors: 7, min_pages: 1, ..case() });
 }
 
 #[test]
-fn decode_window() {
+pub fn decode_window() {
     for (window, early) in [(1, true), (5, false), (16, true), (40, true)] {
         decode(&Bench::new(0), &Case { window, early, lengths: vec![1, 16, 17, 100], group: 2, ..case() });
     }
@@ -316,7 +316,7 @@ fn prompts() -> Prompts {
 }
 
 #[test]
-fn prefill_every_head_size_and_type() {
+pub fn prefill_every_head_size_and_type() {
     for dtype in [DType::BF16, DType::F16] {
         for hd in [64, 80, 96, 128, 256] {
             let chunks = vec![(1, 1), (67, 67), (100, 9)];

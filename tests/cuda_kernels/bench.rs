@@ -9,6 +9,7 @@ use polar_sparsity::backend::cuda::launch::Launch;
 use polar_sparsity::backend::cuda::ops::Launcher;
 use polar_sparsity::backend::cuda::params::{Params, Ptr};
 use polar_sparsity::dtype::DType;
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
 /// A fixed stream of random numbers (splitmix64).
@@ -73,14 +74,28 @@ impl Launcher for Bench {
     }
 }
 
+thread_local! {
+    static RACES: Cell<bool> = Cell::new(std::env::var_os("POLAR_TEST_RACES").is_some());
+}
+
+/// Runs a case on the executor with the race detector, which fails at the first race of a kernel.
+pub fn with_races(case: fn()) {
+    let before = RACES.replace(true);
+    case();
+    RACES.set(before);
+}
+
 impl Bench {
     pub fn new(seed: u32) -> Bench {
         #[cfg(feature = "cuda")]
-        if let Some(device) = gpu::chosen() {
+        if !RACES.get()
+            && let Some(device) = gpu::chosen()
+        {
             return Bench { device, late: Late::default() };
         }
         let device = Host::new();
         device.seed.store(seed, Ordering::Relaxed);
+        device.races.store(RACES.get(), Ordering::Relaxed);
         let late = Late::clone(&device.late);
         Bench { device: Box::new(device), late }
     }

@@ -96,7 +96,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
 }
 
 #[test]
-fn skinny_products_at_every_tile_edge() {
+pub fn skinny_products_at_every_tile_edge() {
     for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
         product(
             &Bench::new(0),
@@ -111,7 +111,7 @@ fn skinny_products_at_every_tile_edge() {
 }
 
 #[test]
-fn skinny_products_of_listed_rows() {
+pub fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
         orders(|b| {
             let c = Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) };
@@ -183,7 +183,7 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize) -
 }
 
 #[test]
-fn down_products_that_make_their_input() {
+pub fn down_products_that_make_their_input() {
     for rows in 1..=4 {
         made_down(&Bench::new(2), rows, 72, 131, 3);
     }
@@ -240,7 +240,7 @@ fn router_scores(bench: &Bench, rows: usize, n: usize, rank: usize, first_group:
 }
 
 #[test]
-fn router_products_leave_scores() {
+pub fn router_products_leave_scores() {
     for rows in [1, 2, 7, 8, 9, 16, 17, 33, 64] {
         router_scores(&Bench::new(6), rows, 130, 72, (rows == 2 || rows == 9).into());
     }
@@ -276,22 +276,38 @@ fn skinny_products_of_two_matrices_are_those_of_one() {
 
 #[test]
 fn down_products_dense_and_of_listed_rows() {
-    let listed = Case { layout: Layout::Columns, n: 72, k: 136, stored: Some(200), ..PLAIN };
-    for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
-        product(&Bench::new(0), &Case { rows, ..listed });
-    }
+    down_products_of_every_number_of_rows();
     // Several chunks of columns a block.
     for (rows, k) in [(3, 4808), (16, 7208), (20, 1600), (40, 2600)] {
-        product(&Bench::new(5), &Case { rows, n: 1288, k, stored: Some(k + 9), ..listed });
+        down_of_chunks(rows, 1288, k);
+    }
+}
+
+const LISTED: Case = Case { layout: Layout::Columns, n: 72, k: 136, stored: Some(200), ..PLAIN };
+
+fn down_of_chunks(rows: usize, n: usize, k: usize) {
+    product(&Bench::new(5), &Case { rows, n, k, stored: Some(k + 9), ..LISTED });
+}
+
+/// Several chunks of columns a block, of few blocks.
+pub fn down_products_of_chunks() {
+    for (rows, k) in [(3, 6008), (20, 2600)] {
+        down_of_chunks(rows, 136, k);
+    }
+}
+
+pub fn down_products_of_every_number_of_rows() {
+    for rows in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
+        product(&Bench::new(0), &Case { rows, ..LISTED });
     }
     for (n, k) in [(8, 8), (256, 16), (264, 24), (320, 400)] {
-        let c = Case { dtype: DType::F16, rows: 5, n, k, stored: None, ..listed };
+        let c = Case { dtype: DType::F16, rows: 5, n, k, stored: None, ..LISTED };
         orders(|b| product(b, &c));
     }
 }
 
 #[test]
-fn tiled_products_with_ragged_edges() {
+pub fn tiled_products_with_ragged_edges() {
     for layout in [Layout::Rows, Layout::Columns] {
         for (rows, n, k) in [(65, 40, 72), (130, 136, 8), (200, 128, 200)] {
             product(&Bench::new(0), &Case { dtype: DType::BF16, layout, rows, n, k, stored: None });

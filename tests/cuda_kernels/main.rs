@@ -12,6 +12,7 @@ mod host_device;
 mod linear;
 mod ops;
 mod ops_mlp;
+mod races;
 mod rows;
 mod sampling;
 mod selection;

@@ -191,7 +191,7 @@ fn attention(bench: &Bench, c: &Case) -> Vec<u8> {
 }
 
 #[test]
-fn attention_follows_the_hosts_tables() {
+pub fn attention_follows_the_hosts_tables() {
     orders(|b| attention(b, &case()));
     for c in [
         Case { keep: vec![], selected: false, ..case() },

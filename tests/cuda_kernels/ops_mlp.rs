@@ -55,7 +55,7 @@ fn no_mlp() -> Mlp {
 
 /// Padding rows have no say, and NaN in them is not seen.
 #[test]
-fn neurons_are_those_with_the_largest_sums() {
+pub fn neurons_are_those_with_the_largest_sums() {
     for (rows, active, own_scores) in [(5, 3, false), (5, 5, false), (1, 1, false), (5, 3, true)] {
         orders(|b| select(b, rows, active, own_scores));
     }
@@ -103,7 +103,7 @@ fn select(bench: &Bench, rows: usize, active: usize, own_scores: bool) -> Vec<u8
 }
 
 #[test]
-fn mlp_runs_the_listed_neurons() {
+pub fn mlp_runs_the_listed_neurons() {
     for (rows, keep) in [(1, 40), (9, 33), (40, 8)] {
         orders(|b| mlp(b, rows, Some(keep)));
     }

@@ -30,7 +30,7 @@ fn parts(bench: &Bench, rng: &mut Rng, v: &[f64], splits: usize, columns: usize)
 }
 
 #[test]
-fn embedding_with_and_without_positions() {
+pub fn embedding_with_and_without_positions() {
     let (bench, mut rng) = (Bench::new(0), Rng(1));
     let (hidden, vocab) = (72, 11);
     let table = rng.vector(vocab * hidden, 1.0, T);
@@ -62,7 +62,7 @@ fn embedding_with_and_without_positions() {
 }
 
 #[test]
-fn norms_add_the_pending_sum_first() {
+pub fn norms_add_the_pending_sum_first() {
     for (layer_norm, splits, mapped) in
         [(true, 3, false), (false, 1, false), (false, 0, false), (true, 2, true)]
     {
@@ -124,7 +124,7 @@ fn norm(bench: &Bench, layer_norm: bool, splits: usize, mapped: bool) -> Vec<u8>
 }
 
 #[test]
-fn qkv_bias_norm_rotation_and_pages() {
+pub fn qkv_bias_norm_rotation_and_pages() {
     for (hd, kv_heads, group, biased, normed, rotated) in [
         (64, 2, 2, true, false, true),
         (80, 3, 1, true, false, false),
@@ -224,7 +224,7 @@ fn qkv(
 
 /// The router's columns behind those of q, k and v, as one product leaves them.
 #[test]
-fn qkv_selects_heads_beside_its_work() {
+pub fn qkv_selects_heads_beside_its_work() {
     for (kv_heads, group, per_unit) in [(4usize, 2usize, 1usize), (8, 4, 4), (3, 1, 1), (2, 7, 7)] {
         orders(|bench| {
             let (hd, rows) = (64, HEAD_ROWS as u32);
@@ -267,7 +267,7 @@ fn qkv_selects_heads_beside_its_work() {
 }
 
 #[test]
-fn activations_lists_and_masks() {
+pub fn activations_lists_and_masks() {
     for kind in 0..4 {
         for listed in [false, true] {
             activation(kind, listed);
@@ -325,7 +325,7 @@ fn activation(kind: u32, listed: bool) {
 }
 
 #[test]
-fn argmax_ties_nan_and_log_probability() {
+pub fn argmax_ties_nan_and_log_probability() {
     let bench = Bench::new(3);
     let vocab = 5000;
     let mut rng = Rng(6);
@@ -364,7 +364,7 @@ fn argmax_ties_nan_and_log_probability() {
 }
 
 #[test]
-fn transposition_and_conversion() {
+pub fn transposition_and_conversion() {
     let (bench, mut rng) = (Bench::new(0), Rng(8));
     let (rows, columns, wide, first) = (37usize, 45usize, 100usize, 20usize);
     let v = rng.vector(rows * columns, 1.0, T);

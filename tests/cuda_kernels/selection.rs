@@ -126,7 +126,7 @@ impl Heads {
 }
 
 #[test]
-fn heads() {
+pub fn heads() {
     for (units, per_unit, width) in
         [(8, 1, 64), (8, 4, 256), (72, 1, 64), (5, 7, 448), (1, 16, 1024), (256, 1, 64), (32, 8, 512)]
     {
@@ -140,7 +140,7 @@ fn heads() {
 }
 
 #[test]
-fn neurons() {
+pub fn neurons() {
     for (n, keep0, keep_other) in
         [(1000, 130, 77), (1000, 1000, 1), (33, 1, 32), (4096, 2049, 512), (64, NONE, 9)]
     {
@@ -149,7 +149,7 @@ fn neurons() {
 }
 
 #[test]
-fn neurons_by_their_scores() {
+pub fn neurons_by_their_scores() {
     let tiny = f32::from_bits(1);
     let mut rng = Rng(5);
     let spread: Vec<f32> = (0..2500).map(|_| (rng.normal() * 3.0).exp() as f32).collect();

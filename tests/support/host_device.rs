@@ -7,12 +7,15 @@ use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::{Error, Result, Status};
-use std::collections::HashMap;
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Command;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 #[allow(clippy::duplicate_mod, reason = "some test programs have it once more, in support")]
 #[path = "root.rs"]
@@ -23,53 +26,195 @@ type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *co
 type LateFn = unsafe extern "C" fn(*const c_void, u64);
 type SizesFn = unsafe extern "C" fn(*mut u32) -> c_int;
 
-struct Library {
+type RacesFn = unsafe extern "C" fn() -> *const c_char;
+
+/// The executor with some kernels.
+pub struct Library {
     launch: LaunchFn,
     late: LateFn,
     sizes: SizesFn,
+    races: RacesFn,
+    /// Its file, which has no name any more.
+    file: File,
+    /// Lines that were looked up.
+    found: Mutex<HashMap<u64, String>>,
+    /// It runs one kernel at a time.
+    running: Mutex<()>,
 }
 
-/// The executor runs one kernel at a time.
-static RUNNING: Mutex<()> = Mutex::new(());
+/// Kernels that ran with the race detector.
+static WATCHED: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
 
-fn library() -> &'static Library {
-    static LIBRARY: OnceLock<Library> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
-        let root = root().join("cuda/host");
-        let out = std::env::temp_dir().join(format!("kernels_host_{}.so", std::process::id()));
-        let done = Command::new("g++")
-            .args(["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-o"])
-            .arg(&out)
-            .args([root.join("kernels_host.cpp"), root.join("executor.cpp")])
-            .status()
-            .expect("g++ is needed to run the kernels on the CPU");
-        assert!(done.success(), "g++ could not compile cuda/host");
-        let path = CString::new(out.to_str().unwrap()).unwrap();
-        // SAFETY: a library just built from this repository; its functions have these types.
-        let library = unsafe {
-            let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
-            assert!(!handle.is_null(), "cannot load {}", out.display());
-            let symbol = |name: &std::ffi::CStr| {
-                let at = libc::dlsym(handle, name.as_ptr());
-                assert!(!at.is_null(), "no symbol {name:?}");
-                at
-            };
-            Library {
-                launch: std::mem::transmute::<*mut c_void, LaunchFn>(symbol(c"polar_host_launch")),
-                late: std::mem::transmute::<*mut c_void, LateFn>(symbol(c"polar_host_late")),
-                sizes: std::mem::transmute::<*mut c_void, SizesFn>(symbol(c"polar_host_sizes")),
-            }
-        };
-        let _ = std::fs::remove_file(&out);
-        library
+/// Names of the kernels that this process has run with the race detector.
+pub fn watched() -> BTreeSet<&'static str> {
+    WATCHED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// How kernels are compiled for the race detector.
+const WATCHING: &[&str] = &["-g1", "-fsanitize=thread"];
+
+/// The executor, with the race detector (`cuda/host/races.h`) or without.
+fn library(races: bool) -> &'static Library {
+    static LIBRARIES: [OnceLock<Library>; 2] = [const { OnceLock::new() }; 2];
+    LIBRARIES[usize::from(races)].get_or_init(|| {
+        let host = root().join("cuda/host");
+        build(&host.join("kernels_host.cpp"), if races { WATCHING } else { &[] })
     })
+}
+
+/// Compiles `kernels` with the executor and loads the result.
+fn build(kernels: &Path, flags: &[&str]) -> Library {
+    static BUILDS: AtomicU32 = AtomicU32::new(0);
+    let host = root().join("cuda/host");
+    let name = format!("kernels_host_{}_{}", std::process::id(), BUILDS.fetch_add(1, Ordering::Relaxed));
+    let [object, out] = ["o", "so"].map(|end| std::env::temp_dir().join(format!("{name}.{end}")));
+    let compile = |arguments: &mut Command| {
+        let command = arguments.args(["-std=c++20", "-fPIC", "-Wno-unknown-pragmas"]);
+        let done = command.status().expect("g++ is needed to run the kernels on the CPU");
+        assert!(done.success(), "g++ could not compile cuda/host: {command:?}");
+    };
+    // Two steps, since the executor itself is not to be watched.
+    compile(Command::new("g++").args(["-O1", "-c"]).args(flags).arg(kernels).arg("-o").arg(&object));
+    let executor = ["executor.cpp", "memory.cpp", "races.cpp"].map(|file| host.join(file));
+    compile(Command::new("g++").args(["-O2", "-shared"]).arg(&object).args(executor).arg("-o").arg(&out));
+    let path = CString::new(out.to_str().unwrap()).unwrap();
+    // SAFETY: a library just built from this repository; its functions have these types.
+    let library = unsafe {
+        let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+        assert!(!handle.is_null(), "cannot load {}", out.display());
+        let symbol = |name: &CStr| {
+            let at = libc::dlsym(handle, name.as_ptr());
+            assert!(!at.is_null(), "no symbol {name:?}");
+            at
+        };
+        Library {
+            launch: std::mem::transmute::<*mut c_void, LaunchFn>(symbol(c"polar_host_launch")),
+            late: std::mem::transmute::<*mut c_void, LateFn>(symbol(c"polar_host_late")),
+            sizes: std::mem::transmute::<*mut c_void, SizesFn>(symbol(c"polar_host_sizes")),
+            races: std::mem::transmute::<*mut c_void, RacesFn>(symbol(c"polar_host_races")),
+            file: File::open(&out).unwrap(),
+            found: Mutex::default(),
+            running: Mutex::new(()),
+        }
+    };
+    for file in [object, out] {
+        let _ = std::fs::remove_file(file);
+    }
+    library
+}
+
+impl Library {
+    /// Kernels of a file of its own, with the race detector.
+    pub fn watching(kernels: &Path) -> Library {
+        build(kernels, WATCHING)
+    }
+
+    /// Runs a kernel of which no block reads or writes outside of what `params` point to.
+    pub fn launch(
+        &self,
+        name: &str,
+        launch: &Launch,
+        seed: u32,
+        late: &[(Ptr, u64)],
+        params: &[u8],
+    ) -> Result<()> {
+        let c_name = CString::new(name).unwrap();
+        let aligned: Vec<u64> = params
+            .chunks(8)
+            .map(|c| {
+                let mut word = [0; 8];
+                word[..c.len()].copy_from_slice(c);
+                u64::from_le_bytes(word)
+            })
+            .collect();
+        let _one = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the parameters point into memory of the caller, as the kernel expects; a kernel
+        // that reads outside it is what the tests look for.
+        let status = unsafe {
+            for (at, bytes) in late {
+                (self.late)(at.0 as *const c_void, *bytes);
+            }
+            let (x, y) = launch.grid;
+            let params = aligned.as_ptr().cast();
+            let status = (self.launch)(c_name.as_ptr(), x, y, launch.threads, launch.shared, seed, params);
+            (self.late)(std::ptr::null(), 0);
+            status
+        };
+        match status {
+            0 => Ok(()),
+            1 => Err(Error::unsupported(format!("no kernel {name:?}"))),
+            3 => {
+                Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
+            }
+            4 => {
+                let races = self.races();
+                match races.is_empty() {
+                    true => Ok(()),
+                    false => Err(Error::invalid(format!("kernel {name:?}: races: {}", races.join("\n")))),
+                }
+            }
+            _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
+        }
+    }
+
+    /// What the detector found in the last launch, less what is known, with lines of the source.
+    fn races(&self) -> Vec<String> {
+        // SAFETY: a text that stays until the next launch, by the one who launched.
+        let text = unsafe { CStr::from_ptr((self.races)()) }.to_str().unwrap();
+        let described = text.lines().map(|race| {
+            let places = race.split("[+").skip(1).filter_map(|rest| rest.split(']').next());
+            let lines: Vec<String> =
+                places.map(|at| self.lines(u64::from_str_radix(at, 16).unwrap())).collect();
+            (format!("{race}: {}", lines.join("; ")), lines)
+        });
+        let known = KNOWN.map(|(file, text)| known_place(file, text));
+        let is_known = |(race, lines): &(String, Vec<String>)| {
+            race.contains("read by")
+                && race.contains("atomic by")
+                && lines.iter().flat_map(|l| l.split(' ')).any(|line| known.iter().any(|known| line == known))
+        };
+        described.filter(|race| !is_known(race)).map(|(race, _)| race).collect()
+    }
+
+    /// Lines of the source that a call returns to, the innermost first: `a.cuh:12 b.cu:34`.
+    fn lines(&self, address: u64) -> String {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.entry(address).or_insert_with(|| self.look_up(address)).clone()
+    }
+
+    fn look_up(&self, address: u64) -> String {
+        let file = format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd());
+        let call = format!("{:x}", address.saturating_sub(1));
+        let found = Command::new("addr2line").args(["-s", "-i", "-e", &file, &call]).output();
+        let found = found.expect("addr2line is needed to name a race").stdout;
+        String::from_utf8_lossy(&found)
+            .split_whitespace()
+            .filter(|l| l.contains(':'))
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+}
+
+/// Loads of words that others add to meanwhile, which do no harm: file and text of the line.
+const KNOWN: [(&str, &str); 1] = [
+    // Whether what is gathered still fits: any value that the counter had will do, since only places below
+    // the limit are filled and the count is read again after a barrier.
+    ("sampling.cuh", "if (gathered == NONE && s.words[0] <= GATHERED) {"),
+];
+
+/// `file:line` of the one line with that text.
+fn known_place(file: &str, text: &str) -> String {
+    let source = std::fs::read_to_string(root().join("cuda").join(file)).unwrap();
+    let lines: Vec<usize> = (1..).zip(source.lines()).filter(|l| l.1.trim() == text).map(|l| l.0).collect();
+    assert_eq!(lines.len(), 1, "a known race is not where it was: {file}, {text:?}");
+    format!("{file}:{}", lines[0])
 }
 
 /// Sizes of the parameter structs as C++ sees them.
 pub fn sizes() -> Vec<usize> {
     let mut out = [0u32; 64];
     // SAFETY: the function writes fewer than 64 sizes.
-    let n = unsafe { (library().sizes)(out.as_mut_ptr()) };
+    let n = unsafe { (library(false).sizes)(out.as_mut_ptr()) };
     out[..n as usize].iter().map(|&s| s as usize).collect()
 }
 
@@ -122,6 +267,8 @@ pub struct Host {
     pub idle: AtomicBool,
     /// Order of threads and blocks: 0 in order, else shuffled by this seed.
     pub seed: AtomicU32,
+    /// Whether kernels run with the race detector.
+    pub races: AtomicBool,
     pub multiprocessors: u32,
     /// Bytes that `free_memory` speaks of before anything is taken.
     pub capacity: AtomicU64,
@@ -150,6 +297,7 @@ impl Host {
             idle: AtomicBool::new(false),
             side: Mutex::default(),
             seed: AtomicU32::new(0),
+            races: AtomicBool::new(false),
             multiprocessors: 3,
             capacity: AtomicU64::new(1 << 30),
             taken: AtomicU64::new(0),
@@ -234,42 +382,13 @@ impl Host {
     }
 
     fn run(&self, launch: &Launch, params: &[u8]) -> Result<()> {
-        let name = CString::new(NAMES[launch.kernel.0 as usize]).unwrap();
-        let aligned: Vec<u64> = params
-            .chunks(8)
-            .map(|c| {
-                let mut word = [0; 8];
-                word[..c.len()].copy_from_slice(c);
-                u64::from_le_bytes(word)
-            })
-            .collect();
-        let _one = RUNNING.lock().unwrap_or_else(|e| e.into_inner());
-        // SAFETY: the parameters point into memory of this device, as the kernel expects; a kernel
-        // that reads outside it is what the tests look for.
-        let status = unsafe {
-            for (at, bytes) in &*self.late.lock().unwrap() {
-                (library().late)(at.0 as *const c_void, *bytes);
-            }
-            let status = (library().launch)(
-                name.as_ptr(),
-                launch.grid.0,
-                launch.grid.1,
-                launch.threads,
-                launch.shared,
-                self.seed.load(Ordering::Relaxed),
-                aligned.as_ptr().cast(),
-            );
-            (library().late)(std::ptr::null(), 0);
-            status
-        };
-        match status {
-            0 => Ok(()),
-            1 => Err(Error::unsupported(format!("no kernel {name:?}"))),
-            3 => {
-                Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
-            }
-            _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
+        let name = NAMES[launch.kernel.0 as usize];
+        let races = self.races.load(Ordering::Relaxed);
+        if races {
+            WATCHED.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
         }
+        let late = self.late.lock().unwrap();
+        library(races).launch(name, launch, self.seed.load(Ordering::Relaxed), &late, params)
     }
 }
 
