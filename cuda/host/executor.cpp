@@ -38,6 +38,7 @@ const std::function<void()>* body;
 int block_arrived;
 uint64_t block_generation;
 uint64_t progress;
+bool stopped;
 
 #ifdef __x86_64__
 void* main_sp;
@@ -115,6 +116,12 @@ void yield() {
     leave(*current);
 }
 
+void stop() {
+    stopped = true;
+    leave(*current);
+    abort();
+}
+
 // `met` is called when the last one has come, before any goes on.
 template <class Counter, class Met>
 static void barrier(Counter& arrived, uint64_t& generation, int expected, Met met) {
@@ -142,6 +149,7 @@ void wait_for_previous() { self->waited = true; }
 
 static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
     grid = g;
+    stopped = false;
     body = &kernel;
     fibers.resize(std::max<size_t>(fibers.size(), g.threads));
     std::vector<int> blocks(g.x * g.y);
@@ -181,6 +189,7 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
                 self = &f.thread;
                 enter(f);
                 self = nullptr;
+                if (stopped) return 0;
                 if (f.done) left--;
             }
             if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return 2;

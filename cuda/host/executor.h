@@ -53,6 +53,7 @@ extern std::vector<Late> late;
 extern std::vector<Warp> warps;
 Warp& warp();
 void yield();
+[[noreturn]] void stop();  // this thread and with it the launch
 void sync_block();
 void sync_warp();
 void meet_warp();  // as a shuffle does: all lanes wait for each other, but memory is not ordered

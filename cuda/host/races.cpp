@@ -175,6 +175,9 @@ bool is_new(const Access& a, const Access& before) {
 void check(uintptr_t at, Kind kind, const Access& a, Kind earlier, const Access& before) {
     if (!before || ordered(before, a) || !is_new(a, before)) return;
     message += place(at) + ": " + KINDS[kind] + " " + place(a) + ", not ordered after the " + KINDS[earlier] + " " + place(before) + "\n";
+    // What a kernel does with a wrong value may be anything. A load among atomics may be meant.
+    const bool meant = (kind == READ && earlier == ATOMIC) || (kind == ATOMIC && earlier == READ);
+    if (!meant) host::stop();
 }
 
 Unit& unit_of(uintptr_t at) {
@@ -195,8 +198,9 @@ void check_waited(uintptr_t at, size_t bytes, Kind kind, const Access& a) {
     if (host::self->waited || in_shared(at)) return;
     bool wrong = kind != READ;
     for (const host::Late& l : host::late) wrong |= at < (uintptr_t)l.to && at + bytes > (uintptr_t)l.from;
-    if (wrong && is_new(a, a))
-        message += place(at) + ": " + KINDS[kind] + " " + place(a) + ", before it has waited for the kernels before\n";
+    if (!wrong || !is_new(a, a)) return;
+    message += place(at) + ": " + KINDS[kind] + " " + place(a) + ", before it has waited for the kernels before\n";
+    host::stop();
 }
 
 }  // namespace

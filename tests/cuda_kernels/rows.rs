@@ -3,7 +3,7 @@
 use crate::bench::{Bench, Rng, close};
 use crate::orders;
 use crate::selection::{HEAD_ROWS, Heads};
-use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::launch::{Kernels, Launch};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -346,21 +346,21 @@ pub fn argmax_ties_nan_and_log_probability() {
         counters,
         vocab: vocab as u32,
     };
-    for _ in 0..2 {
-        bench.start(&kernels(64, 1).argmax(4), &params);
+    for pieces in [1, 5, 5] {
+        bench.start(&Launch { grid: (pieces, 4), ..kernels(64, 1).argmax(4) }, &params);
+        let (tokens, logprobs) = (bench.read_words(token, 4), bench.read_floats(logprob, 4));
+        for r in 0..2 {
+            let row = &logits[r];
+            let best = (0..vocab)
+                .rev()
+                .fold(0, |best, i| if row[i] >= row[best] || row[best].is_nan() { i } else { best });
+            let sum: f64 = row.iter().filter(|v| !v.is_nan()).map(|v| (v - row[best]).exp()).sum();
+            assert_eq!(tokens[r] as usize, best);
+            assert!((logprobs[r] + sum.ln()).abs() < 1e-5, "{} {}", logprobs[r], -sum.ln());
+        }
+        assert_eq!(tokens[0], 17);
+        assert!(logprobs[2].is_nan() && logprobs[3].is_nan());
     }
-    let (tokens, logprobs) = (bench.read_words(token, 4), bench.read_floats(logprob, 4));
-    for r in 0..2 {
-        let row = &logits[r];
-        let best = (0..vocab)
-            .rev()
-            .fold(0, |best, i| if row[i] >= row[best] || row[best].is_nan() { i } else { best });
-        let sum: f64 = row.iter().filter(|v| !v.is_nan()).map(|v| (v - row[best]).exp()).sum();
-        assert_eq!(tokens[r] as usize, best);
-        assert!((logprobs[r] + sum.ln()).abs() < 1e-5, "{} {}", logprobs[r], -sum.ln());
-    }
-    assert_eq!(tokens[0], 17);
-    assert!(logprobs[2].is_nan() && logprobs[3].is_nan());
 }
 
 #[test]
