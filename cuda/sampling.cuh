@@ -237,7 +237,7 @@ DEVICE Answer search(const Row& r, const Source& source, const Question& q, Shar
             high = max64(high, place);
             sum += measure;
             // Past its end the counter stands still: that they do not fit is all it has to tell.
-            if (gathered == NONE && s.words[0] <= GATHERED) {
+            if (gathered == NONE && load_relaxed(s.words) <= GATHERED) {
                 const uint32_t at = atomic_add(s.words, 1u);
                 if (at < GATHERED) {
                     s.places[at] = place;

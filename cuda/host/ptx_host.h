@@ -44,6 +44,7 @@ DEVICE void sync_warp() { host::sync_warp(); }
 DEVICE void meet_warp() { host::meet_warp(); }
 DEVICE void fence_device() { host::fence(); }
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return host::fetch_add(p, v); }
+DEVICE uint32_t load_relaxed(const uint32_t* p) { return host::fetch_add(const_cast<uint32_t*>(p), 0u); }
 DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return host::fetch_or(p, v); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return host::fetch_add(p, v); }
 DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) { return host::fetch_max(p, v); }

@@ -157,7 +157,7 @@ impl Library {
         }
     }
 
-    /// What the detector found in the last launch, less what is known, with lines of the source.
+    /// What the detector found in the last launch, with lines of the source.
     fn races(&self) -> Vec<String> {
         // SAFETY: a text that stays until the next launch, by the one who launched.
         let text = unsafe { CStr::from_ptr((self.races)()) }.to_str().unwrap();
@@ -165,15 +165,9 @@ impl Library {
             let places = race.split("[+").skip(1).filter_map(|rest| rest.split(']').next());
             let lines: Vec<String> =
                 places.map(|at| self.lines(u64::from_str_radix(at, 16).unwrap())).collect();
-            (format!("{race}: {}", lines.join("; ")), lines)
+            format!("{race}: {}", lines.join("; "))
         });
-        let known = KNOWN.map(|(file, text)| known_place(file, text));
-        let is_known = |(race, lines): &(String, Vec<String>)| {
-            race.contains("read by")
-                && race.contains("atomic by")
-                && lines.iter().flat_map(|l| l.split(' ')).any(|line| known.iter().any(|known| line == known))
-        };
-        described.filter(|race| !is_known(race)).map(|(race, _)| race).collect()
+        described.collect()
     }
 
     /// Lines of the source that a call returns to, the innermost first: `a.cuh:12 b.cu:34`.
@@ -193,21 +187,6 @@ impl Library {
             .collect::<Vec<_>>()
             .join(" ")
     }
-}
-
-/// Loads of words that others add to meanwhile, which do no harm: file and text of the line.
-const KNOWN: [(&str, &str); 1] = [
-    // Whether what is gathered still fits: any value that the counter had will do, since only places below
-    // the limit are filled and the count is read again after a barrier.
-    ("sampling.cuh", "if (gathered == NONE && s.words[0] <= GATHERED) {"),
-];
-
-/// `file:line` of the one line with that text.
-fn known_place(file: &str, text: &str) -> String {
-    let source = std::fs::read_to_string(root().join("cuda").join(file)).unwrap();
-    let lines: Vec<usize> = (1..).zip(source.lines()).filter(|l| l.1.trim() == text).map(|l| l.0).collect();
-    assert_eq!(lines.len(), 1, "a known race is not where it was: {file}, {text:?}");
-    format!("{file}:{}", lines[0])
 }
 
 /// Sizes of the parameter structs as C++ sees them.
