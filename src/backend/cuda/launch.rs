@@ -557,3 +557,35 @@ fn neuron_bytes(n: u32) -> u32 {
     let keys = if n > REGISTER_NEURONS { n.next_multiple_of(32) } else { 0 };
     (2 * 32 + 4096 + 2 * 1024 + keys) * 4
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decode_attention_fits_what_a_multiprocessor_has() {
+        let kib = |n: u32| n << 10;
+        // H100 and A100, a consumer GPU, and a head size whose pages need more.
+        assert_eq!(decode_blocks_and_stages(128, 4, kib(227)).unwrap(), (2, 2));
+        assert_eq!(decode_blocks_and_stages(64, 1, kib(227)).unwrap(), (2, 3));
+        assert_eq!(decode_blocks_and_stages(128, 1, kib(163)).unwrap(), (2, 2));
+        assert_eq!(decode_blocks_and_stages(128, 4, kib(99)).unwrap(), (1, 2));
+        assert_eq!(decode_blocks_and_stages(256, 1, kib(227)).unwrap(), (1, 2));
+        let error = decode_blocks_and_stages(256, 8, kib(99)).unwrap_err();
+        assert!(error.message.contains("head size 256 with 8 query heads"), "{}", error.message);
+        for head_dim in [64, 80, 96, 128, 256] {
+            for group in 1..=16 {
+                for shared in [kib(99), kib(163), kib(227)] {
+                    let Ok((blocks, stages)) = decode_blocks_and_stages(head_dim, group, shared) else {
+                        continue;
+                    };
+                    let block = decode_fixed_bytes(head_dim, group) + 4 * stages * (64 * head_dim + 8);
+                    assert!(
+                        blocks * (block + 1024) <= shared + 1024 && stages >= 2,
+                        "{head_dim} {group} {shared}"
+                    );
+                }
+            }
+        }
+    }
+}
