@@ -2,11 +2,11 @@
 //! read only the chosen neurons' rows.
 //!
 //! Main: attention norm, QKV, attention, output projection, MLP norm, up, down.
-//! Side: fork after the attention norm; router down, up, selection; join before the MLP norm. So the list is
-//! complete before that norm begins (the join makes it start in order, not early), and what comes after it
-//! may read it, and start on weights, before the kernels ahead end. No buffer that the side writes is used
-//! by the main stream in between, nor the other way round: `h` is read by both, and written again after the
-//! join.
+//! Side: fork after the attention norm (after the QKV product if the attention router's ran beside that);
+//! router down, up, selection; join before the MLP norm. So the list is complete before that norm begins (the
+//! join makes it start in order, not early), and what comes after it may read it, and start on weights, before
+//! the kernels ahead end. No buffer that the side writes is used by the main stream in between, nor the other
+//! way round: `h` is read by both, and written again after the join.
 
 use super::Cuda;
 use super::device::{Device, start_beside};
@@ -33,17 +33,22 @@ pub(super) fn break_even(batch: u32) -> f32 {
 impl<D: Device> Cuda<D> {
     /// A kernel of the router chain. Its products are never the device's library's, whose workspace belongs
     /// to the main stream.
-    fn go_beside<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
+    pub(super) fn go_beside<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         if launch.grid.0 == 0 {
             return Ok(());
         }
         start_beside(&*self.device, launch, params)
     }
 
+    /// Lets side work start.
+    pub(super) fn fork(&self, s: &CudaScratch<D>) -> Result<()> {
+        if s.kernels.tuning.beside { self.device.fork() } else { Ok(()) }
+    }
+
     /// Lets the layer's router chain start, if it will have one.
-    pub(super) fn fork(&self, s: &CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
+    pub(super) fn fork_neurons(&self, s: &CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
         let routed = step.plan.mlp_sparse(layer) && step.plan.needs_router(Site::Mlp);
-        if routed && s.kernels.tuning.beside { self.device.fork() } else { Ok(()) }
+        if routed { self.fork(s) } else { Ok(()) }
     }
 
     /// Groups of the step that may choose neurons in this layer: the first, and how many. As many as there

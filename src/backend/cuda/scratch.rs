@@ -36,6 +36,8 @@ pub(super) struct Buffers {
     pub(super) scores: Ptr,
     /// Sums of the MLP router's products, which run beside the others.
     pub(super) router_sums: Ptr,
+    /// Sums of the attention router's own product.
+    pub(super) unit_sums: Ptr,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
     pub(super) logits: Ptr,
@@ -192,11 +194,11 @@ fn places(
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
         down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
-    let (mut rank, mut router_sums, mut qkv) = (0, 0, forward(s.qkv(), d));
+    let (mut rank, mut router_sums, mut unit_sums, mut qkv) = (0, 0, 0, forward(s.qkv(), d));
     for l in r {
         if l.attn_rows > 0 {
-            let apart = forward(s.qkv(), d) + forward(l.attn_rows, d);
-            qkv = qkv.max(apart).max(forward(s.qkv() + l.attn_room(), d));
+            qkv = qkv.max(forward(s.qkv() + l.attn_room(), d));
+            unit_sums = unit_sums.max(forward(l.attn_rows, d));
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
@@ -221,6 +223,7 @@ fn places(
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(batch * s.kv_heads, 4),
         router_sums: p.take(router_sums, 4),
+        unit_sums: p.take(unit_sums, 4),
         last: p.take(batch * d, 2),
         // The head's product is never cut: see `stages::logits`.
         logits: p.take(batch * s.vocab, 4),

@@ -123,12 +123,11 @@ impl<D: Device> Cuda<D> {
         let (l, rows) = (&w.layers[layer], s.tables.rows().all);
         let b = s.buffers;
         self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows))?;
-        self.fork(s, step, layer)?;
         let router = r.and_then(|r| r.layers.get(layer)).filter(|l| {
             let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
             l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
         });
-        let (qkv, logits) = self.project_qkv(s, l.qkv.weight, router, rows, s.tables.rows().decode)?;
+        let (qkv, logits) = self.project_qkv(s, (step, layer), l.qkv.weight, router)?;
         let select = match router.zip(logits) {
             Some((router, logits)) => {
                 s.heads_selected = Some(layer);
@@ -159,39 +158,44 @@ impl<D: Device> Cuda<D> {
         self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit), &params)
     }
 
-    /// Sums of q, k and v, and of the router if there is one with the rows they are for: in one product
-    /// where that is ours, since the router's few columns hardly show there.
+    /// Sums of q, k and v, and of the attention router if there is one with the rows they are for. Where the product is
+    /// our own, the router's few rows go with it and hardly show. Where it may be the device's library's, theirs is a
+    /// product of its own, on the side if it is small: the kernel that follows starts in order there, join or not.
     fn project_qkv(
         &self,
         s: &CudaScratch<D>,
+        (step, layer): (&Step, usize),
         w: Ptr,
         router: Option<&LayerRouters>,
-        rows: u32,
-        sequences: u32,
     ) -> Result<(Partial, Option<(Partial, u32)>)> {
         let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
+        let (rows, sequences) = (s.tables.rows().all, s.tables.rows().decode);
         let Some(router) = router else {
+            self.fork_neurons(s, step, layer)?;
             return Ok((self.product(s, (b.h, w), (rows, first, k), b.sums)?, None));
         };
-        let own = s.kernels.product((b.h, w), (rows, first, k), b.sums);
-        let qkv = match self.by_library(s, &own, false)? {
-            Some(sums) => sums,
-            None if rows <= SKINNY_ROWS => {
-                let n = first + router.attn_room() as u32;
-                let (launch, both) = s.kernels.product((b.h, w), (rows, n, k), b.sums);
-                self.go(s, &launch, &LinearParams { more: router.attn.weight, first, ..both })?;
-                let qkv = both.sums();
-                return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
-            }
-            None => {
-                self.go(s, &own.0, &own.1)?;
-                own.1.sums()
-            }
-        };
-        let (size, behind) = ((sequences, router.attn_rows as u32, k), qkv.splits * rows * first);
-        let out = b.sums.offset(4 * u64::from(behind));
-        let logits = self.product(s, (b.h, router.attn.weight), size, out)?;
-        Ok((qkv, Some((logits, sequences))))
+        if rows <= LIBRARY_ROWS && first < LIBRARY_COLUMNS {
+            self.fork_neurons(s, step, layer)?;
+            let n = first + router.attn_room() as u32;
+            let (launch, both) = s.kernels.product((b.h, w), (rows, n, k), b.sums);
+            self.go(s, &launch, &LinearParams { more: router.attn.weight, first, ..both })?;
+            let qkv = both.sums();
+            return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
+        }
+        let (of, size) = ((b.h, router.attn.weight), (sequences, router.attn_rows as u32, k));
+        if sequences > SKINNY_ROWS {
+            // The tiled kernel is too large to run beside anything.
+            self.fork_neurons(s, step, layer)?;
+            let qkv = self.product(s, (b.h, w), (rows, first, k), b.sums)?;
+            return Ok((qkv, Some((self.product(s, of, size, b.unit_sums)?, sequences))));
+        }
+        let (launch, own) = s.kernels.product(of, size, b.unit_sums);
+        self.fork(s)?;
+        self.go_beside(&launch, &own)?;
+        let qkv = self.product(s, (b.h, w), (rows, first, k), b.sums)?;
+        self.device.join()?;
+        self.fork_neurons(s, step, layer)?;
+        Ok((qkv, Some((own.sums(), sequences))))
     }
 
     /// What to select the heads of a layer by.
