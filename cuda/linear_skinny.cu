@@ -68,6 +68,7 @@ template <class T, int MT, int NT, bool LISTED> DEVICE uint32_t sums(const Linea
         UNROLL for (int n = 0; n < NT; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
     // Weights are constants: their loads start before the kernel that makes x has ended.
+    if (p.late) wait_for_previous();
     find_rows();
     for (uint32_t s = 0; s < DEPTH - 1; s++)
         if (s < steps) issue_w(s);
@@ -133,7 +134,7 @@ template <class T, int MT, int NT, bool LISTED> DEVICE void run(const LinearPara
 // max(logit, 0), and each other row's own. One part, so that every logit is whole here.
 template <class T, int MT, int NT> DEVICE void scores(const RouterParams& p) {
     float c[MT][NT][4];
-    const LinearParams product = {p.z, p.w, nullptr, nullptr, p.rows, p.n, p.rank, 1};
+    const LinearParams product = {p.z, p.w, nullptr, nullptr, p.rows, p.n, p.rank, 1, nullptr, 0, 0};
     const uint32_t neuron0 = sums<T, MT, NT, false>(product, c);
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
     uint32_t group[NT][2];

@@ -53,6 +53,7 @@ struct LinearParams {
     uint32_t splits;
     const void* more;       // T [n - first][k], null: none
     uint32_t first;
+    uint32_t late;          // linear_skinny: w is no constant, and read only when the kernel ahead has ended
 };
 
 // Second product of a selective ReLU MLP, from the sums that the first one left.
@@ -71,7 +72,7 @@ struct DownParams {
 
 // Which units each decode sequence keeps.
 struct SelectParams {
-    Partial logits;        // columns 0 .. units * per_unit of it
+    Partial logits;        // columns 0 .. units * per_unit of it; by_unit: [splits][units * per_unit][sequences]
     const void* bias;      // T [units * per_unit], null: none
     const uint32_t* keep;  // [sequences] units to keep; 0: padding
     uint16_t* selected;    // [sequences][units], the first keep[b] ascending
@@ -82,6 +83,7 @@ struct SelectParams {
     uint32_t units;
     uint32_t per_unit;     // the router's rows per unit
     uint32_t unit_width;   // multiple of 8
+    uint32_t by_unit;
 };
 
 // Biases, q/k norms, rotation; q to `q`, K and V to their pages; and which heads to keep.

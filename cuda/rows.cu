@@ -73,13 +73,16 @@ template <class T> DEVICE void norm(const NormParams& p) {
 }
 
 // Block (row, y): heads y, y + blocks, … of q, k and v, one warp each: bias, norm, rotation, write. With
-// a selection the last y does that instead.
+// a selection the last y does that instead. Attention over selected heads can load nothing early and its blocks fill
+// the registers: with few rows it starts only when the product has ended, and leaves room for the MLP's router chain.
+constexpr uint32_t FEW_ROWS = 4;
 template <class T> DEVICE void qkv(const QkvParams& p) {
-    let_next_start();
     const uint32_t row = block_x(), hd = p.head_dim, half = hd / 2;
-    const bool selects = p.select.sequences != 0;
+    const bool selects = p.select.sequences != 0, late = selects && p.rows <= FEW_ROWS;
+    if (!late) let_next_start();
     if (selects && block_y() == grid_y() - 1) {
         wait_for_previous();
+        if (late) let_next_start();
         if (row < p.select.sequences) heads::select<T>(p.select, row);
         return;
     }
@@ -107,6 +110,7 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
             if (i < half && rotation) turn[j] = *(const Floats4*)(rotation + 2 * i);
         }
         wait_for_previous();
+        if (late) let_next_start();
         float square = 0;
         UNROLL for (int j = 0; j < 2; j++) {
             const uint32_t i = 2 * lane_index() + 64 * j;
@@ -143,6 +147,7 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
         }
     }
     wait_for_previous();  // also by warps without a head
+    if (late) let_next_start();
 }
 
 // Block (row, y): a piece of the row's neurons. Biases are constants, and the list was complete before the kernel
@@ -201,7 +206,7 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 #define ROWS(type)                                                                                    \
     KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
     KERNEL(1024, 1) norm_##type(const GRID_CONSTANT NormParams p) { rows::norm<type>(p); }                            \
-    KERNEL(256, 1) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type>(p); }                                \
+    KERNEL(256, 3) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type>(p); }                                \
     KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
 ROWS(bf16)
 ROWS(f16)

@@ -10,10 +10,10 @@ mod gpu;
 mod host_device;
 mod rig;
 
-use polar_sparsity::backend::Backend;
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
 use polar_sparsity::backend::cuda::launch::Tuning;
+use polar_sparsity::backend::{Backend, Limits};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
 use polar_sparsity::model::{Checkpoint, Weights, load};
@@ -284,6 +284,45 @@ fn sparse_attention_beside_prompts_of_any_length() {
             for i in 0..2 {
                 let d = distance(&b[i], &a[i]);
                 assert!(d <= 1e-2, "{name}, library {library}, {chunk} rows beside: {d:.2e}");
+            }
+        }
+    }
+}
+
+/// Above 64 sequences the router's product is turned round: the heads are those of small batches.
+#[test]
+fn sparse_attention_of_many_sequences() {
+    for (name, library) in [("llama31_f32", false), ("opt_f32", true)] {
+        let g = Golden::open(name);
+        let file = g.routers();
+        let limits = Limits { max_batch: 70, max_rows: 256, pages: 80, max_context: 64 };
+        let setup = Setup { routers: Some(&file), limits, ..Setup::default() };
+        let make = || {
+            let mut device = host_device::Host::new();
+            device.library = library;
+            Rig::on(Cuda::new(Arc::new(AnyDevice(Box::new(device))), true), &g.model, &setup)
+        };
+        let (mut few, mut many) = (make(), make());
+        let lengths: Vec<usize> = (0..66).map(|i| 2 + i % 3).collect();
+        for rig in [&mut few, &mut many] {
+            for (i, n) in lengths.iter().enumerate() {
+                let setting = SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Dense };
+                let mut tokens = g.tokens(i % 3, "tokens");
+                tokens.extend(g.tokens(i % 3, "forced"));
+                rig.add(&tokens[i % 4..i % 4 + n + 1], setting);
+            }
+            let prompts: Vec<_> = lengths.iter().enumerate().map(|(i, &n)| (i, n, false)).collect();
+            rig.run(&prompts);
+        }
+        let all: Vec<_> = (0..lengths.len()).map(|i| (i, 1, true)).collect();
+        let together = many.run(&all);
+        for (part, got) in all.chunks(22).zip(together.chunks(22)) {
+            let alone = few.run(part);
+            let first = part[0].0;
+            assert_eq!(few.report.counts, many.report.counts[first..first + part.len()]);
+            for (i, (a, b)) in alone.iter().zip(got).enumerate() {
+                let d = distance(b, a);
+                assert!(d <= 1e-2, "{name}, library {library}, sequence {}: {d:.2e}", first + i);
             }
         }
     }

@@ -274,6 +274,35 @@ fn skinny_products_of_two_matrices_are_those_of_one() {
     }
 }
 
+/// Turned round, the matrix is what the kernel ahead made: the bits are those of the product whose matrix may be
+/// read early, which fails while that memory is marked as being written.
+#[test]
+fn a_matrix_that_comes_late_is_waited_for() {
+    let k = Kernels::new(DType::BF16, 64, 1, 5, 227 * 1024).unwrap();
+    for (rows, n, kk) in [(8u32, 70u32, 264u32), (32, 130, 72), (64, 65, 520)] {
+        orders(|bench| {
+            let mut rng = Rng(u64::from(n));
+            let x = bench.half(&rng.vector((rows * kk) as usize, 1.0, DType::BF16), DType::BF16);
+            let w = bench.half(&rng.vector((n * kk) as usize, 0.1, DType::BF16), DType::BF16);
+            let (launch, splits) = k.linear(rows, n, kk);
+            let bytes = (4 * splits * rows * n) as usize;
+            let run = |late: u32| {
+                let out = bench.room(bytes);
+                bench.late.lock().unwrap().clear();
+                if late == 1 {
+                    bench.late.lock().unwrap().push((w, u64::from(2 * n * kk)));
+                }
+                let params = LinearParams { x, w, out, rows, n, k: kk, splits, late, ..Default::default() };
+                bench.start(&launch, &params);
+                bench.bytes(out, bytes)
+            };
+            let early = run(0);
+            assert!(early == run(1), "{rows} rows, {n} x {kk}");
+            early
+        });
+    }
+}
+
 #[test]
 fn down_products_dense_and_of_listed_rows() {
     down_products_of_every_number_of_rows();

@@ -95,9 +95,24 @@ impl Heads {
             units: units as u32,
             per_unit: per_unit as u32,
             unit_width: width as u32,
+            by_unit: 0,
         };
         let nans = u32::from(keep[3] < units as u32);
         Heads { params, columns, keep, scores, nans }
+    }
+
+    /// The same logits with a row for each of the router's columns, as `product_turned` leaves them.
+    fn by_unit(self, bench: &Bench) -> Heads {
+        let (p, sequences) = (self.params, self.keep.len());
+        let (stride, rows) = (p.logits.columns as usize, p.rows as usize);
+        let sums = bench.read_floats(p.logits.data, 2 * rows * stride);
+        let turned: Vec<f64> = (0..2 * self.columns * sequences)
+            .map(|i| (i / sequences, i % sequences))
+            .map(|(row, b)| sums[(row / self.columns * rows + b) * stride + row % self.columns])
+            .collect();
+        let logits = Partial { data: bench.floats(&turned), columns: sequences as u32, ..p.logits };
+        let params = SelectParams { logits, rows: self.columns as u32, by_unit: 1, ..p };
+        Heads { params, ..self }
     }
 
     /// Lists, zeros and the count of NaN, after the selection ran.
@@ -132,7 +147,10 @@ pub fn heads() {
     {
         orders(|bench| {
             let columns = units * per_unit;
-            let heads = Heads::new(bench, units, per_unit, width, (0, columns));
+            let mut heads = Heads::new(bench, units, per_unit, width, (0, columns));
+            if per_unit % 2 == 0 {
+                heads = heads.by_unit(bench);
+            }
             bench.start(&kernels().select_heads(heads.params.sequences, columns as u32), &heads.params);
             heads.check(bench)
         });

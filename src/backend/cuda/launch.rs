@@ -72,6 +72,8 @@ pub const LIBRARY_COLUMNS: u32 = 16_384;
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Rows up to which the down product makes its own input from the up product's sums.
 pub const MADE_ROWS: u32 = 4;
+/// Most blocks of a skinny product on a multiprocessor.
+const MOST_SKINNY: u32 = 4;
 /// Neurons up to which their selection keeps its keys in registers.
 const REGISTER_NEURONS: u32 = 16_384;
 /// Neurons whose list one block of a selection writes.
@@ -247,7 +249,7 @@ impl Kernels {
     /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v); `router`: rows of the
     /// router by which it selects heads as well, 0: none.
     pub fn qkv(&self, rows: u32, heads: u32, router: u32) -> Launch {
-        let y = (2 * self.multiprocessors / rows.max(1)).clamp(1, heads.div_ceil(8));
+        let y = heads.div_ceil(8);
         let (selects, shared) = if router > 0 { (1, select_bytes(router)) } else { (0, 0) };
         Launch { kernel: self.qkv, grid: (rows, y + selects), threads: 256, shared }
     }
@@ -409,17 +411,21 @@ impl Kernels {
         if rows > SKINNY_ROWS {
             return self.tiled(self.tile[0], rows, n, k);
         }
-        self.skinny(self.skinny, SkinnyCut::new(rows, SkinnyCut::DEPTH), n, k)
+        self.skinny(self.skinny, SkinnyCut::new(rows, SkinnyCut::DEPTH), MOST_SKINNY, (n, k))
     }
 
     /// The same for listed rows of `w`, the list ready before the kernel ahead began; up to [`SKINNY_ROWS`].
+    ///
+    /// With a few rows, of which few neurons are kept, it leaves room for `mlp_down` beside it, so that both load
+    /// their weights while the norm ahead runs.
     pub fn linear_up(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
-        self.skinny(self.up, SkinnyCut::new(rows, SkinnyCut::READY_DEPTH), n, k)
+        let most = if rows <= MADE_ROWS { 2 } else { MOST_SKINNY };
+        self.skinny(self.up, SkinnyCut::new(rows, SkinnyCut::READY_DEPTH), most, (n, k))
     }
 
-    fn skinny(&self, kernels: [Id; 4], cut: SkinnyCut, n: u32, k: u32) -> (Launch, u32) {
+    fn skinny(&self, kernels: [Id; 4], cut: SkinnyCut, most: u32, (n, k): (u32, u32)) -> (Launch, u32) {
         let tiles = n.div_ceil(cut.neurons);
-        let most = if cut.variant == 3 { 2 } else { 4 };
+        let most = if cut.variant == 3 { 2 } else { most };
         let per_sm = ((self.shared_per_block + 1024) / (cut.shared + 1024)).clamp(1, most);
         let splits = splits(tiles, per_sm * self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 4);
         (Launch { kernel: kernels[cut.variant], grid: (tiles, splits), ..cut.launch() }, splits)
@@ -446,7 +452,7 @@ impl Kernels {
 
     /// Down product of a selective MLP of up to [`MADE_ROWS`] rows, from the up product's sums.
     pub fn mlp_down(&self, n: u32, k: u32) -> (Launch, u32) {
-        self.down(self.mlp_down, DownCut::FEW_ROWS, n, k)
+        self.down(self.mlp_down, DownCut { per_sm: 1, ..DownCut::FEW_ROWS }, n, k)
     }
 
     /// As many parts as fill the device once: a part costs little, an idle multiprocessor a lot.

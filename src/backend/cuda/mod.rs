@@ -229,7 +229,7 @@ impl<D: Device> Backend for Cuda<D> {
         }
         s.tables.send(step, &s.kernels, w.spec.num_kv_heads, w.spec.window)?;
         s.sampling.clear()?;
-        s.scored = None;
+        s.neurons_selected = None;
         s.heads_selected = None;
         Self::count(w, s, step);
         self.choose_mode(w, s, step)
@@ -262,13 +262,13 @@ impl<D: Device> Backend for Cuda<D> {
 
     fn route(
         &self,
-        r: &Self::Routers,
+        _: &Self::Routers,
         s: &mut Self::Scratch,
-        step: &Step,
+        _: &Step,
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        self.stage(s, |s| self.run_route(r, s, step, layer, site))
+        self.stage(s, |s| self.run_route(s, layer, site))
     }
 
     fn select(&self, s: &mut Self::Scratch, step: &Step, layer: usize, site: Site) -> Result<()> {

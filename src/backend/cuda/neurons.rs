@@ -1,12 +1,13 @@
-//! The selective MLP: its router chain, which runs beside QKV and attention, and the two products that
+//! The selective MLP: its router chain, most of which runs beside QKV and attention, and the two products that
 //! read only the chosen neurons' rows.
 //!
-//! Main: attention norm, QKV, attention, output projection, MLP norm, up, down.
-//! Side: fork after the attention norm (after the QKV product if the attention router's ran beside that);
-//! router down, up, selection; join before the MLP norm. So the list is complete before that norm begins (the
-//! join makes it start in order, not early), and what comes after it may read it, and start on weights, before
+//! Main: attention norm, router down, QKV, attention, output projection, MLP norm, up, down.
+//! Side: fork after router down; its sums, router up, selection; join before the MLP norm. Router down is in line
+//! because it is small and its blocks would wait for those of QKV, which come early, to end: what depends on it
+//! can then take the places that QKV's first blocks leave. The join makes the norm start in order, not early, so the
+//! list is complete before that norm begins, and what comes after it may read it, and start on weights, before
 //! the kernels ahead end. No buffer that the side writes is used by the main stream in between, nor the other
-//! way round: `h` is read by both, and written again after the join.
+//! way round.
 
 use super::Cuda;
 use super::device::{Device, start_beside};
@@ -16,23 +17,36 @@ use super::scratch::{CudaScratch, Pending};
 use super::tables::Groups;
 use super::weights::{CudaWeights, LayerRouters};
 use crate::backend::{Site, Step};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::sparsity::Rule;
 
-/// Share of neurons above which a layer runs dense. Measured on an H200 at the shapes of OPT-6.7B: with more
-/// rows the dense products get cheaper per row, and the router chain waits for room beside attention.
+/// Share of neurons above which a layer runs dense. Measured at the shapes of OPT-6.7B: at .517 of the neurons 32
+/// rows gain 5 %, at .623 64 rows lose 3 %. With more rows the dense products get cheaper per row, and the router
+/// chain waits for room beside attention.
 pub(super) fn break_even(batch: u32) -> f32 {
     match batch {
-        0..=8 => 0.6,
-        9..=16 => 0.5,
-        17..=32 => 0.35,
+        0..=16 => 0.6,
+        17..=32 => 0.55,
+        33..=64 => 0.4,
         _ => 0.2,
     }
 }
 
+/// A layer's neurons on the way to being chosen.
+pub(super) struct Routing {
+    layer: usize,
+    rank: u32,
+    /// The router's second matrix.
+    up: Ptr,
+    /// Of its first product.
+    sums: Partial,
+    /// Groups that choose: which, the first, and how many.
+    groups: (Groups, u32, u32),
+}
+
 impl<D: Device> Cuda<D> {
-    /// A kernel of the router chain. Its products are never the device's library's, whose workspace belongs
-    /// to the main stream.
+    /// A kernel of the side work. Its products are never the device's library's, whose workspace belongs to the
+    /// main stream.
     pub(super) fn go_beside<P: Params>(&self, launch: &Launch, params: &P) -> Result<()> {
         if launch.grid.0 == 0 {
             return Ok(());
@@ -43,12 +57,6 @@ impl<D: Device> Cuda<D> {
     /// Lets side work start.
     pub(super) fn fork(&self, s: &CudaScratch<D>) -> Result<()> {
         if s.kernels.tuning.beside { self.device.fork() } else { Ok(()) }
-    }
-
-    /// Lets the layer's router chain start, if it will have one.
-    pub(super) fn fork_neurons(&self, s: &CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
-        let routed = step.plan.mlp_sparse(layer) && step.plan.needs_router(Site::Mlp);
-        if routed { self.fork(s) } else { Ok(()) }
     }
 
     /// Groups of the step that may choose neurons in this layer: the first, and how many. As many as there
@@ -62,21 +70,40 @@ impl<D: Device> Cuda<D> {
         })
     }
 
-    /// Scores of the neurons from the hidden state that entered `project`.
+    /// The router's first product, of the normed hidden state, if the layer's neurons are chosen by it. Ahead of
+    /// the fork.
     pub(super) fn route_neurons(
         &self,
-        l: &LayerRouters,
+        router: Option<&LayerRouters>,
         s: &mut CudaScratch<D>,
         step: &Step,
         layer: usize,
+    ) -> Result<Option<Routing>> {
+        let routed = step.plan.mlp_sparse(layer) && step.plan.needs_router(Site::Mlp);
+        let Some(l) = router.filter(|l| routed && l.rank > 0) else { return Ok(None) };
+        s.neurons_selected = Some(layer);
+        let Some(groups) = Self::choosing(s, step, layer) else { return Ok(None) };
+        let (rows, rank) = (s.tables.rows().decode, l.rank as u32);
+        let size = (rows, rank, s.shape.hidden as u32);
+        let (launch, narrow) = s.kernels.product((s.buffers.h, l.down), size, s.buffers.router_sums);
+        self.go(s, &launch, &narrow)?;
+        Ok(Some(Routing { layer, rank, up: l.up, sums: narrow.sums(), groups }))
+    }
+
+    /// Forks: scores of the neurons, and their lists and masks.
+    pub(super) fn choose_neurons(
+        &self,
+        s: &CudaScratch<D>,
+        step: &Step,
+        routing: Option<Routing>,
     ) -> Result<()> {
-        let (rows, d, b) = (s.tables.rows().decode, s.shape.hidden as u32, s.buffers);
-        let (rank, ffn) = (l.rank as u32, s.shape.ffn as u32);
-        let Some((which, first_group, groups)) = Self::choosing(s, step, layer) else { return Ok(()) };
-        let (launch, narrow) = s.kernels.product((b.h, l.down), (rows, rank, d), b.router_sums);
-        self.go_beside(&launch, &narrow)?;
+        let Some(Routing { layer, rank, up, sums, groups: (which, first_group, groups) }) = routing else {
+            return Ok(());
+        };
+        self.fork(s)?;
+        let (rows, ffn, b) = (s.tables.rows().decode, s.shape.ffn as u32, s.buffers);
         let z = ActivateParams {
-            input: narrow.sums(),
+            input: sums,
             out: b.z,
             rows,
             n: rank,
@@ -88,11 +115,11 @@ impl<D: Device> Cuda<D> {
         let group = s.tables.groups(which);
         if rows <= SKINNY_ROWS {
             let scores = b.neuron_scores;
-            let params = RouterParams { z: b.z, w: l.up, scores, group, rows, n: ffn, rank, first_group };
+            let params = RouterParams { z: b.z, w: up, scores, group, rows, n: ffn, rank, first_group };
             self.go_beside(&s.kernels.router_scores(rows, ffn), &params)?;
         } else {
             let size = (rows, s.shape.neurons as u32, rank);
-            let (launch, logits) = s.kernels.product((b.z, l.up), size, b.router_sums);
+            let (launch, logits) = s.kernels.product((b.z, up), size, b.router_sums);
             self.go_beside(&launch, &logits)?;
             let params = NeuronParams {
                 logits: logits.sums(),
@@ -106,17 +133,6 @@ impl<D: Device> Cuda<D> {
             };
             self.go_beside(&s.kernels.neuron_scores(groups, ffn), &params)?;
         }
-        s.scored = Some(layer);
-        Ok(())
-    }
-
-    /// Lists and masks from the scores.
-    pub(super) fn select_neurons(&self, s: &mut CudaScratch<D>, step: &Step, layer: usize) -> Result<()> {
-        let Some((which, first_group, groups)) = Self::choosing(s, step, layer) else { return Ok(()) };
-        if s.scored.take() != Some(layer) {
-            return Err(Error::invalid(format!("layer {layer}: no MLP router scores")));
-        }
-        let (b, ffn) = (s.buffers, s.shape.ffn as u32);
         let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
         let rule = step.plan.mlp_rule(layer);
         let params = NeuronParams {

@@ -58,7 +58,7 @@ params! {
     }
     /// See the header.
     LinearParams {
-        x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32,
+        x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32, late: u32,
     }
     /// See the header.
     DownParams {
@@ -68,7 +68,7 @@ params! {
     /// See the header.
     SelectParams {
         logits: Partial, bias: Ptr, keep: Ptr, selected: Ptr, attention: Ptr, nan_count: Ptr,
-        rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32,
+        rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32, by_unit: u32,
     }
     /// See the header.
     QkvParams {

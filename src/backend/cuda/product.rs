@@ -27,6 +27,18 @@ impl Kernels {
         (launch, LinearParams { splits: 1, ..params })
     }
 
+    /// The product turned round, for a narrow `w` and many rows of `x`: sums `[w's rows][x's rows]`. For up to
+    /// [`SKINNY_ROWS`](super::launch::SKINNY_ROWS) rows of `w`.
+    pub(super) fn product_turned(
+        &self,
+        (x, w): (Ptr, Ptr),
+        (rows, n, k): (u32, u32, u32),
+        out: Ptr,
+    ) -> (Launch, LinearParams) {
+        let (launch, params) = self.product((w, x), (n, rows, k), out);
+        (launch, LinearParams { late: 1, ..params })
+    }
+
     /// A product with a matrix stored `[k, n]`; `index`: for these of its rows only.
     pub(super) fn product_transposed(
         &self,

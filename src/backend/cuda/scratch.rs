@@ -12,7 +12,7 @@ use super::weights::{CudaRouters, CudaWeights, LayerRouters};
 use crate::backend::{Limits, PAGE_TOKENS, Step};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::Position;
-use crate::sparsity::Counts;
+use crate::sparsity::{Counts, Site};
 use std::sync::Arc;
 
 /// Addresses of the buffers.
@@ -88,8 +88,8 @@ pub struct CudaScratch<D: Device> {
     pub(super) seen: Vec<u64>,
     pub(super) counts: Vec<Counts>,
     pub(super) kv_bytes: (u64, u64),
-    /// Layer whose neuron scores are made.
-    pub(super) scored: Option<usize>,
+    /// Layer whose neurons were chosen beside its projection.
+    pub(super) neurons_selected: Option<usize>,
     /// Layer whose heads were selected together with its projection.
     pub(super) heads_selected: Option<usize>,
     pub(super) sampling: Sampling<D>,
@@ -140,10 +140,18 @@ impl<D: Device> CudaScratch<D> {
             seen: try_with_capacity(MAX_PROGRAMS, "recorded steps")?,
             counts: try_vec(limits.max_batch, Counts::default(), "counts")?,
             kv_bytes: (0, 0),
-            scored: None,
+            neurons_selected: None,
             heads_selected: None,
             sampling: Sampling::new(device, k, limits.max_batch, s.vocab)?,
         })
+    }
+
+    /// The layer whose heads or neurons were chosen last.
+    pub(super) fn selected(&self, site: Site) -> Option<usize> {
+        match site {
+            Site::Attn => self.heads_selected,
+            Site::Mlp => self.neurons_selected,
+        }
     }
 }
 
@@ -199,6 +207,8 @@ fn places(
         if l.attn_rows > 0 {
             qkv = qkv.max(forward(s.qkv() + l.attn_room(), d));
             unit_sums = unit_sums.max(forward(l.attn_rows, d));
+            let turned = |n: u32| k.linear((l.attn_rows as u32).min(SKINNY_ROWS), n, d as u32).1;
+            unit_sums = unit_sums.max(sums(rows, batch, turned, l.attn_rows));
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);

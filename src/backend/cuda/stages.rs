@@ -3,6 +3,7 @@
 
 use super::device::{Device, start};
 use super::launch::{DECODE_MIN_PAGES, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::neurons::Routing;
 use super::params::*;
 use super::scratch::{CudaScratch, Mode, Pending};
 use super::weights::{CudaRouters, CudaWeights, LayerRouters, Pair};
@@ -12,6 +13,15 @@ use crate::error::{Error, Result, try_vec};
 use crate::model::{Activation, Norm, Position};
 use crate::sparsity::select::random_score;
 use crate::sparsity::{Site, Source};
+
+/// An attention router's logits.
+struct UnitLogits {
+    sums: Partial,
+    /// Of one of its parts.
+    rows: u32,
+    /// A row has one unit's logits of all sequences, not one sequence's of all units.
+    by_unit: bool,
+}
 
 impl<D: Device> Cuda<D> {
     pub(super) fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
@@ -127,7 +137,8 @@ impl<D: Device> Cuda<D> {
             let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
             l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
         });
-        let (qkv, logits) = self.project_qkv(s, (step, layer), l.qkv.weight, router)?;
+        let routing = self.route_neurons(r.and_then(|r| r.layers.get(layer)), s, step, layer)?;
+        let (qkv, logits) = self.project_qkv(s, step, l.qkv.weight, router, routing)?;
         let select = match router.zip(logits) {
             Some((router, logits)) => {
                 s.heads_selected = Some(layer);
@@ -158,44 +169,55 @@ impl<D: Device> Cuda<D> {
         self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit), &params)
     }
 
-    /// Sums of q, k and v, and of the attention router if there is one with the rows they are for. Where the product is
-    /// our own, the router's few rows go with it and hardly show. Where it may be the device's library's, theirs is a
-    /// product of its own, on the side if it is small: the kernel that follows starts in order there, join or not.
+    /// Sums of q, k and v, and the logits of the attention router if there is one; side work starts.
+    /// Where the product is our own, the router's few rows go with it and hardly show. Where it may be the device's
+    /// library's, theirs is a product of its own: on the side (the kernel that follows starts in order there, join
+    /// or not), or, where the sequences are many, ahead of it and turned round.
     fn project_qkv(
         &self,
         s: &CudaScratch<D>,
-        (step, layer): (&Step, usize),
+        step: &Step,
         w: Ptr,
         router: Option<&LayerRouters>,
-    ) -> Result<(Partial, Option<(Partial, u32)>)> {
+        neurons: Option<Routing>,
+    ) -> Result<(Partial, Option<UnitLogits>)> {
         let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
         let (rows, sequences) = (s.tables.rows().all, s.tables.rows().decode);
+        let whole = (rows, first, k);
         let Some(router) = router else {
-            self.fork_neurons(s, step, layer)?;
-            return Ok((self.product(s, (b.h, w), (rows, first, k), b.sums)?, None));
+            self.choose_neurons(s, step, neurons)?;
+            return Ok((self.product(s, (b.h, w), whole, b.sums)?, None));
         };
         if rows <= LIBRARY_ROWS && first < LIBRARY_COLUMNS {
-            self.fork_neurons(s, step, layer)?;
+            self.choose_neurons(s, step, neurons)?;
             let n = first + router.attn_room() as u32;
             let (launch, both) = s.kernels.product((b.h, w), (rows, n, k), b.sums);
             self.go(s, &launch, &LinearParams { more: router.attn.weight, first, ..both })?;
             let qkv = both.sums();
-            return Ok((qkv, Some((Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows))));
+            let sums = Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv };
+            return Ok((qkv, Some(UnitLogits { sums, rows, by_unit: false })));
         }
-        let (of, size) = ((b.h, router.attn.weight), (sequences, router.attn_rows as u32, k));
-        if sequences > SKINNY_ROWS {
-            // The tiled kernel is too large to run beside anything.
-            self.fork_neurons(s, step, layer)?;
-            let qkv = self.product(s, (b.h, w), (rows, first, k), b.sums)?;
-            return Ok((qkv, Some((self.product(s, of, size, b.unit_sums)?, sequences))));
+        let (of, n) = ((b.h, router.attn.weight), router.attn_rows as u32);
+        let size = (sequences, n, k);
+        if sequences <= SKINNY_ROWS {
+            let (launch, logits) = s.kernels.product(of, size, b.unit_sums);
+            self.fork(s)?;
+            self.go_beside(&launch, &logits)?;
+            let qkv = self.product(s, (b.h, w), whole, b.sums)?;
+            self.device.join()?;
+            self.choose_neurons(s, step, neurons)?;
+            return Ok((qkv, Some(UnitLogits { sums: logits.sums(), rows: sequences, by_unit: false })));
         }
-        let (launch, own) = s.kernels.product(of, size, b.unit_sums);
-        self.fork(s)?;
-        self.go_beside(&launch, &own)?;
-        let qkv = self.product(s, (b.h, w), (rows, first, k), b.sums)?;
-        self.device.join()?;
-        self.fork_neurons(s, step, layer)?;
-        Ok((qkv, Some((own.sums(), sequences))))
+        let logits = if n <= SKINNY_ROWS {
+            let (launch, logits) = s.kernels.product_turned(of, size, b.unit_sums);
+            self.go(s, &launch, &logits)?;
+            UnitLogits { sums: logits.sums(), rows: n, by_unit: true }
+        } else {
+            let sums = self.product(s, of, size, b.unit_sums)?;
+            UnitLogits { sums, rows: sequences, by_unit: false }
+        };
+        self.choose_neurons(s, step, neurons)?;
+        Ok((self.product(s, (b.h, w), whole, b.sums)?, Some(logits)))
     }
 
     /// What to select the heads of a layer by.
@@ -203,41 +225,32 @@ impl<D: Device> Cuda<D> {
         &self,
         s: &CudaScratch<D>,
         layer: usize,
-        (logits, rows): (Partial, u32),
+        logits: UnitLogits,
         (bias, columns): (Ptr, u32),
     ) -> SelectParams {
         let (units, b) = (s.shape.kv_heads as u32, s.buffers);
         SelectParams {
-            logits,
+            logits: logits.sums,
             bias,
             keep: s.tables.plan(s.tables.layer_plan[layer]).0,
             selected: b.selected,
             attention: b.attention,
             nan_count: s.sampling.nan_count(),
-            rows,
+            rows: logits.rows,
             sequences: s.tables.rows().decode,
             units,
             per_unit: columns / units,
             unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
+            by_unit: logits.by_unit.into(),
         }
     }
 
-    pub(super) fn run_route(
-        &self,
-        r: &CudaRouters<D>,
-        s: &mut CudaScratch<D>,
-        step: &Step,
-        layer: usize,
-        site: Site,
-    ) -> Result<()> {
-        let missing = || Error::invalid(format!("layer {layer} has no {site:?} router"));
-        let l = r.layers.get(layer).ok_or_else(missing)?;
-        match site {
-            // Its rows went with the projection.
-            Site::Attn if s.heads_selected == Some(layer) => Ok(()),
-            Site::Mlp if l.rank > 0 => self.route_neurons(l, s, step, layer),
-            _ => Err(missing()),
+    /// Both routers' work went with the projection.
+    pub(super) fn run_route(&self, s: &CudaScratch<D>, layer: usize, site: Site) -> Result<()> {
+        if s.selected(site) == Some(layer) {
+            return Ok(());
         }
+        Err(Error::invalid(format!("layer {layer} has no {site:?} router")))
     }
 
     pub(super) fn run_select(
@@ -247,11 +260,11 @@ impl<D: Device> Cuda<D> {
         layer: usize,
         site: Site,
     ) -> Result<()> {
-        if site == Site::Mlp {
-            return self.select_neurons(s, step, layer);
-        }
-        if s.heads_selected == Some(layer) {
+        if s.selected(site) == Some(layer) {
             return Ok(());
+        }
+        if site == Site::Mlp {
+            return Err(Error::invalid(format!("layer {layer}: no MLP router scores")));
         }
         let (rows, units, b) = (s.tables.rows().decode, s.shape.kv_heads as u32, s.buffers);
         let seed = match step.plan.source {
@@ -261,7 +274,8 @@ impl<D: Device> Cuda<D> {
         };
         self.random_scores(s, step, layer, seed)?;
         let logits = Partial { data: b.scores, splits: 1, columns: units };
-        let params = self.selection(s, layer, (logits, rows), (Ptr::NULL, units));
+        let logits = UnitLogits { sums: logits, rows, by_unit: false };
+        let params = self.selection(s, layer, logits, (Ptr::NULL, units));
         self.go(s, &s.kernels.select_heads(rows, units), &params)
     }
 

@@ -124,6 +124,7 @@ impl Ops {
             units: op.kv_heads,
             per_unit: op.router_rows / op.kv_heads,
             unit_width: if op.zero == Ptr::NULL { 0 } else { op.unit_width },
+            by_unit: 0,
         };
         queue.go(&k.select_heads(op.sequences, op.router_rows), &params)
     }
