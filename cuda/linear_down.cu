@@ -203,31 +203,30 @@ DEVICE void run(const P& p, Y y, uint32_t listed) {
     }
     copy_wait<0>();
 
-    // The other shares hand their sums to share 0 through shared memory.
+    // The shares exchange their sums through shared memory; each adds all of some of the columns.
+    constexpr int EACH = 4 / SHARES;     // of a fragment's four sums
     constexpr int HANDED = 32 * MT * 32;  // floats of a warp
-    auto place = [&](int from_share, int m, int n, int i) {
-        const int which = (from_share - 1) * COLUMN_WARPS + warp % COLUMN_WARPS;
+    auto place = [&](int of_share, int m, int n, int i) {
+        const int which = of_share * COLUMN_WARPS + warp % COLUMN_WARPS;
         return (float*)shared + which * HANDED + ((m * 8 + n) * 4 + i) * 32 + lane;
     };
     sync_block();
-    if (share) {
-        UNROLL for (int m = 0; m < MT; m++) {
-            UNROLL for (int n = 0; n < 8; n++) {
-                UNROLL for (int i = 0; i < 4; i++) *place(share, m, n, i) = c[m][n][i];
-            }
+    UNROLL for (int m = 0; m < MT; m++) {
+        UNROLL for (int n = 0; n < 8; n++) {
+            UNROLL for (int i = 0; i < 4; i++) *place(share, m, n, i) = c[m][n][i];
         }
     }
     sync_block();
-    if (share) return;
     float* out = p.out + (uint64_t)block_y() * p.rows * p.n;
     UNROLL for (int m = 0; m < MT; m++) {
-        UNROLL for (int i = 0; i < 4; i++) {
+        UNROLL for (int e = 0; e < EACH; e++) {
+            const int i = share * EACH + e;
             const uint32_t r = 16 * m + g + 8 * (i / 2), to = column0 + 8 * (2 * t + i % 2);
             if (r >= p.rows || to >= p.n) continue;
             UNROLL for (int n = 0; n < 8; n += 4) {
                 Floats4 v;
                 UNROLL for (int j = 0; j < 4; j++) {
-                    v.v[j] = c[m][n + j][i];
+                    v.v[j] = *place(0, m, n + j, i);
                     UNROLL for (int other = 1; other < SHARES; other++) v.v[j] += *place(other, m, n + j, i);
                 }
                 *(Floats4*)(out + (uint64_t)r * p.n + to + n) = v;
