@@ -203,35 +203,34 @@ DEVICE void run(const P& p, Y y, uint32_t listed) {
     }
     copy_wait<0>();
 
-    // The shares exchange their sums through shared memory; each adds all of some of the columns.
-    constexpr int EACH = 4 / SHARES;     // of a fragment's four sums
-    constexpr int HANDED = 32 * MT * 32;  // floats of a warp
-    auto place = [&](int of_share, int m, int n, int i) {
-        const int which = of_share * COLUMN_WARPS + warp % COLUMN_WARPS;
-        return (float*)shared + which * HANDED + ((m * 8 + n) * 4 + i) * 32 + lane;
+    // The shares' sums meet in shared memory, [share][row][column]; all threads add and write them, whole lines. Four
+    // columns together, number q of a row at q ^ (q / 4 % 4) ^ (row % 2), so that both sides touch all banks.
+    constexpr int QUADS = 16 * COLUMN_WARPS, ROWS = 16 * MT;
+    auto place = [&](int of_share, int row, int quad) {
+        return (Floats4*)shared + (of_share * ROWS + row) * QUADS + (quad ^ (quad / 4 % 4) ^ (row % 2));
     };
     sync_block();
     UNROLL for (int m = 0; m < MT; m++) {
-        UNROLL for (int n = 0; n < 8; n++) {
-            UNROLL for (int i = 0; i < 4; i++) *place(share, m, n, i) = c[m][n][i];
+        UNROLL for (int n = 0; n < 8; n += 4) {
+            UNROLL for (int i = 0; i < 4; i++) {
+                Floats4 v;
+                UNROLL for (int j = 0; j < 4; j++) v.v[j] = c[m][n + j][i];
+                *place(share, 16 * m + g + 8 * (i / 2), warp % COLUMN_WARPS * 16 + 4 * t + i % 2 * 2 + n / 4) = v;
+            }
         }
     }
     sync_block();
     float* out = p.out + (uint64_t)block_y() * p.rows * p.n;
-    UNROLL for (int m = 0; m < MT; m++) {
-        UNROLL for (int e = 0; e < EACH; e++) {
-            const int i = share * EACH + e;
-            const uint32_t r = 16 * m + g + 8 * (i / 2), to = column0 + 8 * (2 * t + i % 2);
-            if (r >= p.rows || to >= p.n) continue;
-            UNROLL for (int n = 0; n < 8; n += 4) {
-                Floats4 v;
-                UNROLL for (int j = 0; j < 4; j++) {
-                    v.v[j] = *place(0, m, n + j, i);
-                    UNROLL for (int other = 1; other < SHARES; other++) v.v[j] += *place(other, m, n + j, i);
-                }
-                *(Floats4*)(out + (uint64_t)r * p.n + to + n) = v;
-            }
+    UNROLL for (int e = 0; e < ROWS * QUADS / THREADS; e++) {
+        const int at = e * THREADS + thread_index(), r = at / QUADS, quad = at % QUADS;
+        const uint32_t to = block_x() * 64 * COLUMN_WARPS + 4 * quad;
+        if (r >= (int)p.rows || to >= p.n) continue;
+        Floats4 v = *place(0, r, quad);
+        UNROLL for (int other = 1; other < SHARES; other++) {
+            const Floats4 more = *place(other, r, quad);
+            UNROLL for (int j = 0; j < 4; j++) v.v[j] += more.v[j];
         }
+        *(Floats4*)(out + (uint64_t)r * p.n + to) = v;
     }
 }
 
