@@ -243,10 +243,11 @@ template <class T, int DEPTH, int COLUMN_WARPS> DEVICE void made(const DownParam
 
 }  // namespace down
 
-// Rows up to 16, 32, 64; the depths keep 112 to 160 KiB under way a multiprocessor. Up to 16 rows a block has
-// half the columns: half as many parts for the norm to add, and y, which is small, read twice as often.
+// Rows up to 16, 32, 64; the depths keep 64 to 128 KiB under way a multiprocessor. Up to 16 rows a block has
+// half the columns: half as many parts for the norm to add, and y, which is small, read twice as often; and less
+// under way, so that the next kernel's blocks find room early.
 #define DOWN(type)                                                                                                     \
-    KERNEL(256, 2) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 5, 2>(p); }       \
+    KERNEL(256, 3) linear_down_##type##_1(const GRID_CONSTANT LinearParams p) { down::given<type, 1, 3, 2>(p); }       \
     KERNEL(256, 2) linear_down_##type##_2(const GRID_CONSTANT LinearParams p) { down::given<type, 2, 5, 4>(p); }       \
     KERNEL(256, 1) linear_down_##type##_4(const GRID_CONSTANT LinearParams p) { down::given<type, 4, 8, 4>(p); }       \
     KERNEL(256, 2) mlp_down_##type(const GRID_CONSTANT DownParams p) { down::made<type, 5, 2>(p); }

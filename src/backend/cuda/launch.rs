@@ -416,10 +416,10 @@ impl Kernels {
 
     /// The same for listed rows of `w`, the list ready before the kernel ahead began; up to [`SKINNY_ROWS`].
     ///
-    /// With a few rows, of which few neurons are kept, it leaves room for `mlp_down` beside it, so that both load
-    /// their weights while the norm ahead runs.
+    /// With few rows and neurons it leaves room for `mlp_down` beside it, so that both load their weights while the
+    /// norm ahead runs.
     pub fn linear_up(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
-        let most = if rows <= MADE_ROWS { 2 } else { MOST_SKINNY };
+        let most = if rows <= MADE_ROWS && fits_beside(n, k) { 2 } else { MOST_SKINNY };
         self.skinny(self.up, SkinnyCut::new(rows, SkinnyCut::READY_DEPTH), most, (n, k))
     }
 
@@ -452,7 +452,8 @@ impl Kernels {
 
     /// Down product of a selective MLP of up to [`MADE_ROWS`] rows, from the up product's sums.
     pub fn mlp_down(&self, n: u32, k: u32) -> (Launch, u32) {
-        self.down(self.mlp_down, DownCut { per_sm: 1, ..DownCut::FEW_ROWS }, n, k)
+        let per_sm = if fits_beside(n, k) { 1 } else { 2 };
+        self.down(self.mlp_down, DownCut { per_sm, depth: 5, ..DownCut::FEW_ROWS }, n, k)
     }
 
     /// As many parts as fill the device once: a part costs little, an idle multiprocessor a lot.
@@ -460,11 +461,18 @@ impl Kernels {
         let tiles = n.div_ceil(64 * cut.column_warps);
         let most = k.div_ceil(32).clamp(1, MAX_DOWN_SPLITS);
         let splits = (cut.per_sm * self.multiprocessors / tiles).clamp(1, most);
-        // Weights under way, and two chunks of the input.
+        // Weights under way, and up to two chunks of the input.
         let chunk = 1024 / cut.column_warps;
-        let shared = 8 * cut.depth * 4 * 512 + 2 * 16 * cut.row_tiles * 2 * chunk;
+        let chunks = if k.div_ceil(16).div_ceil(splits) * 16 <= chunk { 1 } else { 2 };
+        let shared = 8 * cut.depth * 4 * 512 + chunks * 16 * cut.row_tiles * 2 * chunk;
         (Launch { kernel, grid: (tiles, splits), threads: 256, shared }, splits)
     }
+}
+
+/// Whether a matrix of `n` by `k`, as the up and the down product of few neurons have, takes so little that the device
+/// can hold most of both at once.
+fn fits_beside(n: u32, k: u32) -> bool {
+    2 * u64::from(n) * u64::from(k) <= 16 << 20
 }
 
 /// How the down products cut their work, see `linear_down.cu`.
@@ -480,7 +488,7 @@ struct DownCut {
 }
 
 impl DownCut {
-    const FEW_ROWS: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 5 };
+    const FEW_ROWS: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 3 };
 }
 
 /// How the skinny products cut their work: by rows, see `linear_skinny.cu`.
