@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -123,8 +122,7 @@ uintptr_t page_number;
 Unit* page_units;  // of that page, or null
 std::unordered_map<uintptr_t, Word> words;  // by unit; those in shared memory end with the block
 std::vector<Load> loads;
-std::set<std::pair<uint32_t, uint32_t>> reported;  // by the places in the code
-std::string message;
+std::string message;  // of the first race: a launch stops there
 uintptr_t image, image_end;  // this library in memory
 
 bool in_shared(uintptr_t at) { return at - (uintptr_t)host::shared < host::grid.shared_bytes; }
@@ -166,15 +164,9 @@ std::string place(uintptr_t at) {
     return text;
 }
 
-// Whether a race between these is to be reported.
-bool is_new(const Access& a, const Access& before) {
-    constexpr size_t MOST = 8;
-    return reported.size() < MOST && reported.insert({a.from, before.from}).second;
-}
-
 void check(uintptr_t at, Kind kind, const Access& a, Kind earlier, const Access& before) {
-    if (!before || ordered(before, a) || !is_new(a, before)) return;
-    message += place(at) + ": " + KINDS[kind] + " " + place(a) + ", not ordered after the " + KINDS[earlier] + " " + place(before) + "\n";
+    if (!before || ordered(before, a)) return;
+    message = place(at) + ": " + KINDS[kind] + " " + place(a) + ", not ordered after the " + KINDS[earlier] + " " + place(before) + "\n";
     host::stop();  // what a kernel does with a wrong value may be anything
 }
 
@@ -196,8 +188,8 @@ void check_waited(uintptr_t at, size_t bytes, Kind kind, const Access& a) {
     if (host::self->waited || in_shared(at)) return;
     bool wrong = kind != READ;
     for (const host::Late& l : host::late) wrong |= at < (uintptr_t)l.to && at + bytes > (uintptr_t)l.from;
-    if (!wrong || !is_new(a, a)) return;
-    message += place(at) + ": " + KINDS[kind] + " " + place(a) + ", before it has waited for the kernels before\n";
+    if (!wrong) return;
+    message = place(at) + ": " + KINDS[kind] + " " + place(a) + ", before it has waited for the kernels before\n";
     host::stop();
 }
 
@@ -208,7 +200,6 @@ const char* found() { return message.c_str(); }
 
 void begin_launch() {
     message.clear();
-    reported.clear();
     if (!instrumented) return;
     if (!image)
         dl_iterate_phdr([](dl_phdr_info* info, size_t, void*) {
