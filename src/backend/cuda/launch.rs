@@ -1,5 +1,6 @@
 //! Kernels by name, and the grid, threads and shared memory of each launch.
 
+use super::cut::{DownCut, MOST_SKINNY, SkinnyCut, fits_beside, splits};
 use super::params::SAMPLE_BINS;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -72,8 +73,6 @@ pub const LIBRARY_COLUMNS: u32 = 16_384;
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Rows up to which the down product makes its own input from the up product's sums.
 pub const MADE_ROWS: u32 = 4;
-/// Most blocks of a skinny product on a multiprocessor.
-const MOST_SKINNY: u32 = 4;
 /// Neurons up to which their selection keeps its keys in registers.
 const REGISTER_NEURONS: u32 = 16_384;
 /// Neurons whose list one block of a selection writes.
@@ -469,78 +468,9 @@ impl Kernels {
     }
 }
 
-/// Whether a matrix of `n` by `k`, as the up and the down product of few neurons have, takes so little that the device
-/// can hold most of both at once.
-fn fits_beside(n: u32, k: u32) -> bool {
-    2 * u64::from(n) * u64::from(k) <= 16 << 20
-}
-
-/// How the down products cut their work, see `linear_down.cu`.
-struct DownCut {
-    /// Of 16.
-    row_tiles: u32,
-    /// Warps side by side, 64 columns each.
-    column_warps: u32,
-    /// Blocks a multiprocessor.
-    per_sm: u32,
-    /// Steps under way.
-    depth: u32,
-}
-
-impl DownCut {
-    const FEW_ROWS: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 3 };
-}
-
-/// How the skinny products cut their work: by rows, see `linear_skinny.cu`.
-struct SkinnyCut {
-    variant: usize,
-    /// Of a block.
-    neurons: u32,
-    shared: u32,
-}
-
-impl SkinnyCut {
-    const DEPTH: u32 = 4;
-    const READY_DEPTH: u32 = 5;
-
-    fn new(rows: u32, depth: u32) -> SkinnyCut {
-        let variant = match rows {
-            0..=8 => 0,
-            9..=16 => 1,
-            17..=32 => 2,
-            _ => 3,
-        };
-        let (nt, mt) = (1u32 << variant, if variant == 3 { 2 } else { 1 });
-        let (depth, buffers) = if mt > 1 { (3, 2) } else { (depth, 3) };
-        let shared = 4 * depth * mt * 2048 + buffers * nt * 8 * (128 * 2 + 64);
-        SkinnyCut { variant, neurons: 64 * mt, shared }
-    }
-
-    fn launch(&self) -> Launch {
-        Launch { kernel: Id(0), grid: (1, 1), threads: 128, shared: self.shared }
-    }
-}
-
 /// Shared memory of the sampling kernels beside their histogram, bytes: sums, gathered tokens.
 const SAMPLE_SUMS: u32 = 1024 + 1024 * 16;
 const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
-
-/// Steps of the loop that filling and draining a block's pipeline costs.
-const FILL_STEPS: f64 = 4.0;
-
-/// Parts of a sum of `steps` steps so that `tiles` blocks times parts fill `slots` places evenly and
-/// no block is too short; at most `most`, at least 1.
-fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
-    let most = most.clamp(1, 32);
-    (1..=most)
-        .map(|s| {
-            let waves = f64::from((tiles * s).div_ceil(slots));
-            // Each part is also written once and read once by the kernel that adds them.
-            (s, waves * (f64::from(steps) / f64::from(s) + FILL_STEPS) + 0.15 * f64::from(s))
-        })
-        .min_by(|a, b| a.1.total_cmp(&b.1))
-        .map_or(1, |(s, _)| s)
-}
 
 /// Blocks of the decode attention on a multiprocessor, two where registers and shared memory allow it, and stages of
 /// their warps.

@@ -8,6 +8,7 @@
 //! sums and the residual stream are f32.
 
 mod buckets;
+mod cut;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
