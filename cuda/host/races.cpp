@@ -166,7 +166,7 @@ std::string place(uintptr_t at) {
 
 void check(uintptr_t at, Kind kind, const Access& a, Kind earlier, const Access& before) {
     if (!before || ordered(before, a)) return;
-    message = place(at) + ": " + KINDS[kind] + " " + place(a) + ", not ordered after the " + KINDS[earlier] + " " + place(before) + "\n";
+    message = place(at) + ": " + KINDS[kind] + " " + place(a) + ", not ordered after the " + KINDS[earlier] + " " + place(before);
     host::stop();  // what a kernel does with a wrong value may be anything
 }
 
@@ -189,7 +189,7 @@ void check_waited(uintptr_t at, size_t bytes, Kind kind, const Access& a) {
     bool wrong = kind != READ;
     for (const host::Late& l : host::late) wrong |= at < (uintptr_t)l.to && at + bytes > (uintptr_t)l.from;
     if (!wrong) return;
-    message = place(at) + ": " + KINDS[kind] + " " + place(a) + ", before it has waited for the kernels before\n";
+    message = place(at) + ": " + KINDS[kind] + " " + place(a) + ", before it has waited for the kernels before";
     host::stop();
 }
 

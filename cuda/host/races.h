@@ -41,9 +41,7 @@ void fence();
 uint32_t new_load();
 void see_load(uint32_t load);
 
-// The races of the last launch, one a line: it ends with the first, but goes on after loads that race with
-// atomics, which may be meant (the first of each two places in the code, not more than a few).
-// [+hex] are places in this library's code.
+// The race that ended the last launch, empty: none. [+hex] are places in this library's code.
 const char* found();
 
 }  // namespace races

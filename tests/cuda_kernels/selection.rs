@@ -147,12 +147,13 @@ pub fn heads() {
     {
         orders(|bench| {
             let columns = units * per_unit;
-            let mut heads = Heads::new(bench, units, per_unit, width, (0, columns));
-            if per_unit % 2 == 0 {
-                heads = heads.by_unit(bench);
-            }
-            bench.start(&kernels().select_heads(heads.params.sequences, columns as u32), &heads.params);
-            heads.check(bench)
+            let new = || Heads::new(bench, units, per_unit, width, (0, columns));
+            let [one, other] = [new(), new().by_unit(bench)].map(|heads| {
+                bench.start(&kernels().select_heads(heads.params.sequences, columns as u32), &heads.params);
+                heads.check(bench)
+            });
+            assert!(one == other, "{units} units of {per_unit}: by sequence, by unit");
+            one
         });
     }
 }

@@ -146,28 +146,18 @@ impl Library {
             3 => {
                 Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
             }
-            4 => {
-                let races = self.races();
-                match races.is_empty() {
-                    true => Ok(()),
-                    false => Err(Error::invalid(format!("kernel {name:?}: races: {}", races.join("\n")))),
-                }
-            }
+            4 => Err(Error::invalid(format!("kernel {name:?}: races: {}", self.race()))),
             _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
         }
     }
 
     /// What the detector found in the last launch, with lines of the source.
-    fn races(&self) -> Vec<String> {
+    fn race(&self) -> String {
         // SAFETY: a text that stays until the next launch, by the one who launched.
-        let text = unsafe { CStr::from_ptr((self.races)()) }.to_str().unwrap();
-        let described = text.lines().map(|race| {
-            let places = race.split("[+").skip(1).filter_map(|rest| rest.split(']').next());
-            let lines: Vec<String> =
-                places.map(|at| self.lines(u64::from_str_radix(at, 16).unwrap())).collect();
-            format!("{race}: {}", lines.join("; "))
-        });
-        described.collect()
+        let race = unsafe { CStr::from_ptr((self.races)()) }.to_str().unwrap();
+        let places = race.split("[+").skip(1).filter_map(|rest| rest.split(']').next());
+        let lines: Vec<String> = places.map(|at| self.lines(u64::from_str_radix(at, 16).unwrap())).collect();
+        format!("{race}: {}", lines.join("; "))
     }
 
     /// Lines of the source that a call returns to, the innermost first: `a.cuh:12 b.cu:34`.

@@ -133,11 +133,12 @@ impl<D: Device> Cuda<D> {
         let (l, rows) = (&w.layers[layer], s.tables.rows().all);
         let b = s.buffers;
         self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows))?;
-        let router = r.and_then(|r| r.layers.get(layer)).filter(|l| {
+        let of_layer = r.and_then(|r| r.layers.get(layer));
+        let router = of_layer.filter(|l| {
             let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
             l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
         });
-        let routing = self.route_neurons(r.and_then(|r| r.layers.get(layer)), s, step, layer)?;
+        let routing = self.route_neurons(of_layer, s, step, layer)?;
         let (qkv, logits) = self.project_qkv(s, step, l.qkv.weight, router, routing)?;
         let select = match router.zip(logits) {
             Some((router, logits)) => {
