@@ -72,82 +72,79 @@ template <class T> DEVICE void norm(const NormParams& p) {
     }
 }
 
-// Block (row, y): heads y, y + blocks, … of q, k and v, one warp each: bias, norm, rotation, write. With
-// a selection the last y does that instead. Attention over selected heads can load nothing early and its blocks fill
+// Block (row, y): a head of q, k or v for each warp: bias, norm, rotation, write. With a selection the last y
+// does that instead. Attention over selected heads can load nothing early and its blocks fill
 // the registers: with few rows it starts only when the product has ended, and leaves room for the MLP's router chain.
 constexpr uint32_t FEW_ROWS = 4;
 template <class T> DEVICE void qkv(const QkvParams& p) {
     const uint32_t row = block_x(), hd = p.head_dim, half = hd / 2;
     const bool selects = p.select.sequences != 0, late = selects && p.rows <= FEW_ROWS;
-    if (!late) let_next_start();
-    if (selects && block_y() == grid_y() - 1) {
+    auto wait = [&] {
         wait_for_previous();
         if (late) let_next_start();
+    };
+    if (!late) let_next_start();
+    if (selects && block_y() == grid_y() - 1) {
+        wait();
         if (row < p.select.sequences) heads::select<T>(p.select, row);
         return;
     }
-    const uint32_t slot = p.kv_slot[row];
-    const uint32_t warps = block_threads() / 32 * (grid_y() - selects);
-    for (uint32_t head = block_y() * (block_threads() / 32) + warp_index(); head < p.heads + 2 * p.kv_heads; head += warps) {
-        const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
-        if (!is_q && slot == NONE) continue;
-        const uint32_t column = head * hd;
-        // Lane l holds pairs (i, i + half) and (i + 1, i + 1 + half), i = 2 l (and 2 l + 64): x[j][0] and
-        // x[j][1] are the two halves. Constants are loaded while the product still runs.
-        const T* weight = (const T*)(is_v ? nullptr : is_q ? p.q_norm : p.k_norm);
-        const float* rotation = p.rotation && !is_v ? p.rotation + (uint64_t)p.positions[row] * hd : nullptr;
-        Floats2 x[2][2], bias[2][2], scale[2][2];
-        Floats4 turn[2];
-        UNROLL for (int j = 0; j < 2; j++) {
-            const uint32_t i = 2 * lane_index() + 64 * j;
-            UNROLL for (int h = 0; h < 2; h++) {
-                x[j][h] = bias[j][h] = {{0, 0}};
-                scale[j][h] = {{1, 1}};
-                if (i < half && p.bias) bias[j][h] = load2<T>(p.bias, column + i + h * half);
-                if (i < half && weight) scale[j][h] = load2<T>(weight, i + h * half);
-            }
-            turn[j] = {{1, 0, 1, 0}};
-            if (i < half && rotation) turn[j] = *(const Floats4*)(rotation + 2 * i);
+    const uint32_t slot = p.kv_slot[row], head = block_y() * (block_threads() / 32) + warp_index();
+    const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
+    if (head >= p.heads + 2 * p.kv_heads || (!is_q && slot == NONE)) return wait();
+    const uint32_t column = head * hd;
+    // Lane l holds pairs (i, i + half) and (i + 1, i + 1 + half), i = 2 l (and 2 l + 64): x[j][0] and
+    // x[j][1] are the two halves. Constants are loaded while the product still runs.
+    const T* weight = (const T*)(is_v ? nullptr : is_q ? p.q_norm : p.k_norm);
+    const float* rotation = p.rotation && !is_v ? p.rotation + (uint64_t)p.positions[row] * hd : nullptr;
+    Floats2 x[2][2], bias[2][2], scale[2][2];
+    Floats4 turn[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+        const uint32_t i = 2 * lane_index() + 64 * j;
+        UNROLL for (int h = 0; h < 2; h++) {
+            x[j][h] = bias[j][h] = {{0, 0}};
+            scale[j][h] = {{1, 1}};
+            if (i < half && p.bias) bias[j][h] = load2<T>(p.bias, column + i + h * half);
+            if (i < half && weight) scale[j][h] = load2<T>(weight, i + h * half);
         }
-        wait_for_previous();
-        if (late) let_next_start();
-        float square = 0;
-        UNROLL for (int j = 0; j < 2; j++) {
-            const uint32_t i = 2 * lane_index() + 64 * j;
-            if (i >= half) continue;
-            partial_sums<2, 2>(x[j], p.qkv, p.rows, row, {column + i, column + i + half});
-            UNROLL for (int h = 0; h < 2; h++) {
-                UNROLL for (int c = 0; c < 2; c++) {
-                    x[j][h].v[c] += bias[j][h].v[c];
-                    square += x[j][h].v[c] * x[j][h].v[c];
-                }
-            }
-        }
-        const float factor = weight ? reciprocal_sqrt(warp_sum(square) / p.norm_dim + p.epsilon) : 1.0f;
-        T* to;
-        if (is_q) {
-            to = (T*)p.q + ((uint64_t)row * p.heads + head) * hd;
-        } else {
-            const uint64_t kv_head = head - p.heads - (is_v ? p.kv_heads : 0);
-            to = (T*)p.kv + (((slot / PAGE_TOKENS * (uint64_t)p.kv_heads + kv_head) * 2 + is_v) * PAGE_TOKENS +
-                             slot % PAGE_TOKENS) * hd;
-        }
-        UNROLL for (int j = 0; j < 2; j++) {
-            const uint32_t i = 2 * lane_index() + 64 * j;
-            if (i >= half) continue;
-            Floats2 a, b;
+        turn[j] = {{1, 0, 1, 0}};
+        if (i < half && rotation) turn[j] = *(const Floats4*)(rotation + 2 * i);
+    }
+    wait();
+    float square = 0;
+    UNROLL for (int j = 0; j < 2; j++) {
+        const uint32_t i = 2 * lane_index() + 64 * j;
+        if (i >= half) continue;
+        partial_sums<2, 2>(x[j], p.qkv, p.rows, row, {column + i, column + i + half});
+        UNROLL for (int h = 0; h < 2; h++) {
             UNROLL for (int c = 0; c < 2; c++) {
-                const float low = x[j][0].v[c] * (factor * scale[j][0].v[c]), high = x[j][1].v[c] * (factor * scale[j][1].v[c]);
-                const float cosine = turn[j].v[2 * c], sine = turn[j].v[2 * c + 1];
-                a.v[c] = low * cosine - high * sine;
-                b.v[c] = high * cosine + low * sine;
+                x[j][h].v[c] += bias[j][h].v[c];
+                square += x[j][h].v[c] * x[j][h].v[c];
             }
-            *(uint32_t*)(to + i) = pack2<T>(a.v[0], a.v[1]);
-            *(uint32_t*)(to + i + half) = pack2<T>(b.v[0], b.v[1]);
         }
     }
-    wait_for_previous();  // also by warps without a head
-    if (late) let_next_start();
+    const float factor = weight ? reciprocal_sqrt(warp_sum(square) / p.norm_dim + p.epsilon) : 1.0f;
+    T* to;
+    if (is_q) {
+        to = (T*)p.q + ((uint64_t)row * p.heads + head) * hd;
+    } else {
+        const uint64_t kv_head = head - p.heads - (is_v ? p.kv_heads : 0);
+        to = (T*)p.kv + (((slot / PAGE_TOKENS * (uint64_t)p.kv_heads + kv_head) * 2 + is_v) * PAGE_TOKENS +
+                         slot % PAGE_TOKENS) * hd;
+    }
+    UNROLL for (int j = 0; j < 2; j++) {
+        const uint32_t i = 2 * lane_index() + 64 * j;
+        if (i >= half) continue;
+        Floats2 a, b;
+        UNROLL for (int c = 0; c < 2; c++) {
+            const float low = x[j][0].v[c] * (factor * scale[j][0].v[c]), high = x[j][1].v[c] * (factor * scale[j][1].v[c]);
+            const float cosine = turn[j].v[2 * c], sine = turn[j].v[2 * c + 1];
+            a.v[c] = low * cosine - high * sine;
+            b.v[c] = high * cosine + low * sine;
+        }
+        *(uint32_t*)(to + i) = pack2<T>(a.v[0], a.v[1]);
+        *(uint32_t*)(to + i + half) = pack2<T>(b.v[0], b.v[1]);
+    }
 }
 
 // Block (row, y): a piece of the row's neurons. Biases are constants, and the list was complete before the kernel
