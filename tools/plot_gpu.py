@@ -4,8 +4,9 @@
     tools/plot_gpu.py benches/results/h200.jsonl [more.jsonl ...] [--out FOLDER]
 
 Draws two PNG files beside the first one, named after it: `-speedup` (Polar over dense, by batch and
-context, with what the bytes allow) and `-bandwidth` (each kernel against the read-only stream of its
-process, rivals beside ours where the same case was timed). Needs matplotlib.
+context, with what the bytes allow and, where recorded, the roofline) and `-bandwidth` (each kernel
+against the read-only stream of its process, rivals beside ours where the same case was timed). Needs
+matplotlib.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def title(records):
 
 
 def speedup(records, path):
-    """One panel per model: bars by batch and context, a mark where the bytes end."""
+    """One panel per model: bars by batch and context, a mark where the bytes end, and where the roofline does."""
     models = defaultdict(dict)
     for r in records:
         if r["kind"] == "step":
@@ -55,6 +56,10 @@ def speedup(records, path):
             rows = [points[b, context] for b in batches if (b, context) in points]
             colour = CONTEXT_COLOURS.get(context, "#333333")
             axis.bar(at, [r["speedup"] for r in rows], width * 0.92, color=colour, label=f"{context} tokens")
+            # Under the bytes' mark: it shows where the two differ. Older records have none.
+            roofs = [(x, r["roof_speedup"]) for x, r in zip(at, rows) if r.get("roof_speedup") is not None]
+            axis.plot([x for x, _ in roofs], [y for _, y in roofs], "_", color="#31a354", markersize=9,
+                      markeredgewidth=1.6, label="the roofline" if roofs and j == len(contexts) - 1 else None)
             axis.plot(at, [r["floor_speedup"] for r in rows], "_", color="#d94801", markersize=9,
                       markeredgewidth=1.6, label="what the bytes allow" if j == len(contexts) - 1 else None)
         density = next(iter(points.values()))["density"]

@@ -1,13 +1,15 @@
 //! `bench-gpu`: kernels and whole decode steps on the first CUDA device, as one table and as JSON lines.
 //!
 //! Each figure is the median of graph replays over inputs rotated past the L2; TB/s counts the bytes
-//! the kernel must read, once; the share is of the read-only stream measured in this process.
+//! the kernel must read, once; the share is of the read-only stream measured in this process. Whole steps stand
+//! beside what their bytes allow and what the roofline does, with large products measured here too.
 //!
 //! Arguments: names of parts and of models (none: all), `--results FOLDER` for the records,
 //! `--append` to add them to what is there. `few-steps` are the steps that DESIGN's table names.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a program that prints a table")]
 #![allow(unreachable_pub, reason = "shares a module with a program whose items are public")]
 
+mod floor;
 mod kernels;
 mod layer;
 mod models;
@@ -58,10 +60,12 @@ fn main() {
         gpu.open_results(folder, append).unwrap();
     }
     println!(
-        "{} | read stream {:.2} TB/s | cuBLASLt {}",
+        "{} | read stream {:.2} TB/s | cuBLASLt {} | {}",
         gpu.name(),
         gpu.ceiling,
-        if gpu.device.has_library() { "found" } else { "not found" }
+        if gpu.device.has_library() { "found" } else { "not found" },
+        gpu.arithmetic
+            .map_or("no large product, so no roofline".into(), |t| format!("products {t:.0} TFLOP/s")),
     );
     let wants = |name: &str| parts.is_empty() || parts.iter().any(|p| p == name);
     let took = |what: &str| println!("-- {what}: {:.0} s so far", start.elapsed().as_secs_f64());

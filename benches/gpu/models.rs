@@ -4,6 +4,9 @@ use crate::specs;
 use polar_sparsity::model::ModelSpec;
 use polar_sparsity::sparsity::router::{AttnInfo, AttnUnit, MlpInfo, RouterInfo};
 
+/// Rank of the MLP routers.
+pub(crate) const RANK: u32 = 1024;
+
 /// A model, its attention density, and the share of MLP neurons kept by batch size (ReLU only).
 pub(crate) struct Model {
     pub(crate) name: &'static str,
@@ -38,7 +41,7 @@ impl Model {
             density: (0..layers).map(|l| if l == 0 { 1.0 } else { self.density }).collect(),
         };
         let mlp = (!self.neurons.is_empty()).then(|| MlpInfo {
-            ranks: vec![Some(1024); layers],
+            ranks: vec![Some(RANK); layers],
             batch_sizes: self.neurons.iter().map(|n| n.0).collect(),
             table: self
                 .neurons

@@ -1,8 +1,9 @@
 //! Whole decode steps of real shapes with random weights: dense and Polar, through the backend's own
 //! path (tables, recorded step, token fetch), without a scheduler.
 
-use crate::models::{Model, all};
-use crate::timing::Gpu;
+use crate::floor::{Floor, Selective, terms};
+use crate::models::{Model, RANK, all};
+use crate::timing::{Gpu, number};
 use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::Tuning;
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
@@ -52,7 +53,7 @@ struct Times {
 pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
     let device = &gpu.device;
     println!(
-        "model B S density | dense ms (host), over its floor | Polar ms (host), over its floor | ratio of what bytes allow | Polar tokens/s"
+        "model B S density | dense ms (host), over its floor | Polar ms (host), over its floor | ratio of what bytes allow, of the roofline's | Polar tokens/s"
     );
     for model in all() {
         if !wanted.is_empty() && !wanted.iter().any(|w| w == model.name) {
@@ -139,40 +140,43 @@ fn point(
     let (dense, kv_dense) = run(1.0, MlpMode::Dense);
     let relu = model.kept(1) < 1.0;
     let (polar, kv_polar) = run(model.density, if relu { MlpMode::Reference } else { MlpMode::Dense });
-    let s = &model.spec;
-    let embed = if s.tied_head { 0.0 } else { f64::from(s.vocab_size) * f64::from(s.hidden_size) * 2.0 };
-    let fixed = cuda.weight_bytes(weights) as f64 - embed;
-    let mlp = f64::from(s.num_layers) * f64::from(s.hidden_size) * f64::from(s.ffn_size) * 4.0;
     let kept = model.kept(batch);
-    let sparse_mlp = if relu && kept < 0.8 {
-        mlp * kept + f64::from(s.num_layers) * 2.0 * 1024.0 * f64::from(s.hidden_size + s.ffn_size)
-    } else {
-        mlp
+    let selective = (relu && kept < 0.8).then_some(Selective { kept, rank: RANK });
+    let weight_bytes = cuda.weight_bytes(weights) as f64;
+    let floor = |kv_bytes, mlp| {
+        let terms = terms(&model.spec, batch, (weight_bytes, kv_bytes), mlp);
+        Floor::new(&terms, gpu.ceiling, gpu.arithmetic)
     };
-    let floor_dense = (fixed + kv_dense) / gpu.ceiling / 1e9;
-    let floor_polar = (fixed - if relu { mlp - sparse_mlp } else { 0.0 } + kv_polar) / gpu.ceiling / 1e9;
+    let (floor_dense, floor_polar) = (floor(kv_dense, None), floor(kv_polar, selective));
+    let roof_speedup = floor_dense.roof.zip(floor_polar.roof).map(|(dense, polar)| dense / polar);
     let tokens_s = f64::from(batch) / polar.step * 1e3;
     println!(
-        "{:<13} {batch:>4} {context:>5} {:.3} | {:7.3} ({:.3}) {:.2} | {:7.3} ({:.3}) {:.2} | {:.2}x of {:.2}x | {tokens_s:.0}",
+        "{:<13} {batch:>4} {context:>5} {:.3} | {:7.3} ({:.3}) {:.2} | {:7.3} ({:.3}) {:.2} | {:.2}x of {:.2}x, {} | {tokens_s:.0}",
         model.name,
         model.density,
         dense.step,
         dense.host,
-        dense.step / floor_dense,
+        dense.step / floor_dense.bytes,
         polar.step,
         polar.host,
-        polar.step / floor_polar,
+        polar.step / floor_polar.bytes,
         dense.step / polar.step,
-        floor_dense / floor_polar,
+        floor_dense.bytes / floor_polar.bytes,
+        roof_speedup.map_or("-".into(), |x| format!("{x:.2}x")),
     );
     gpu.record(&format!(
-        r#"{{"kind":"step","model":"{}","batch":{batch},"context":{context},"density":{},"dense_ms":{:.4},"polar_ms":{:.4},"speedup":{:.4},"floor_speedup":{:.4},"floor_ms":{floor_dense:.4},"polar_floor_ms":{floor_polar:.4},"host_ms":{:.4},"tokens_s":{tokens_s:.1}}}"#,
+        r#"{{"kind":"step","model":"{}","batch":{batch},"context":{context},"density":{},"dense_ms":{:.4},"polar_ms":{:.4},"speedup":{:.4},"floor_speedup":{:.4},"floor_ms":{:.4},"polar_floor_ms":{:.4},"roof_speedup":{},"roof_ms":{},"polar_roof_ms":{},"host_ms":{:.4},"tokens_s":{tokens_s:.1}}}"#,
         model.name,
         model.density,
         dense.step,
         polar.step,
         dense.step / polar.step,
-        floor_dense / floor_polar,
+        floor_dense.bytes / floor_polar.bytes,
+        floor_dense.bytes,
+        floor_polar.bytes,
+        number(roof_speedup, 4),
+        number(floor_dense.roof, 4),
+        number(floor_polar.roof, 4),
         polar.host,
     ));
 }

@@ -18,13 +18,25 @@ pub(crate) const T: DType = DType::BF16;
 /// Inputs rotate over this many bytes, several times any L2.
 const ROTATION: u64 = 400 << 20;
 
-/// A GPU with its measured ceiling.
+/// A large product is repeated for so long before it is timed, and while it is: until the GPU has the clocks
+/// that it can hold under its power limit.
+const PRODUCT_WARM_UP_MS: f64 = 200.0;
+const PRODUCT_MS: f64 = 100.0;
+
+/// A GPU with its measured ceilings.
 pub(crate) struct Gpu {
     pub(crate) device: Arc<Driver>,
     /// Read-only stream, TB/s.
     pub(crate) ceiling: f64,
+    /// Large products, TFLOP/s; none without cuBLASLt.
+    pub(crate) arithmetic: Option<f64>,
     /// Where records go, if anywhere.
     out: Option<RefCell<File>>,
+}
+
+/// A record's number, or null for one that could not be measured.
+pub(crate) fn number(x: Option<f64>, digits: usize) -> String {
+    x.map_or("null".into(), |x| format!("{x:.digits$}"))
 }
 
 /// Memory that is given back.
@@ -48,7 +60,7 @@ impl Gpu {
                 std::process::exit(1);
             }
         };
-        let mut gpu = Gpu { device, ceiling: 0.0, out: None };
+        let mut gpu = Gpu { device, ceiling: 0.0, arithmetic: None, out: None };
         let bytes = 8u64 << 30;
         let memory = gpu.random(bytes / 2, 1.0);
         let sink = gpu.room(16);
@@ -57,7 +69,46 @@ impl Gpu {
         let us = gpu.time(1, |_| device::start(&*gpu.device, &launch, &params).unwrap());
         drop((memory, sink));
         gpu.ceiling = bytes as f64 / us / 1e6;
+        gpu.arithmetic = [4096, 8192].into_iter().filter_map(|rows| gpu.large_product(rows)).reduce(f64::max);
         gpu
+    }
+
+    /// TFLOP/s of cuBLASLt's product of 16-bit numbers, sums in f32; none if it does not do it.
+    fn large_product(&self, rows: u32) -> Option<f64> {
+        const SIDE: u32 = 8192;
+        const AT_ONCE: u32 = 16;
+        let side = u64::from(SIDE);
+        let w = self.random(side * side, 0.02);
+        let x = self.random(u64::from(rows) * side, 1.0);
+        let out = self.room(4 * u64::from(rows) * side);
+        let params = LinearParams {
+            x: x.at,
+            w: w.at,
+            out: out.at,
+            rows,
+            n: SIDE,
+            k: SIDE,
+            splits: 1,
+            ..LinearParams::default()
+        };
+        let product = || self.device.product(&params, false, T, None);
+        // The first one chooses the library's kernel.
+        if !product().unwrap() {
+            return None;
+        }
+        let ms =
+            || f64::from(self.device.time(|| (0..AT_ONCE).try_for_each(|_| product().map(drop))).unwrap());
+        let mut warm = 0.0;
+        while warm < PRODUCT_WARM_UP_MS {
+            warm += ms();
+        }
+        let (mut products, mut took) = (0, 0.0);
+        while took < PRODUCT_MS {
+            took += ms();
+            products += AT_ONCE;
+        }
+        let flops = 2.0 * f64::from(rows) * f64::from(SIDE) * f64::from(SIDE);
+        Some(f64::from(products) * flops / took / 1e9)
     }
 
     /// Records go to `h200.jsonl` in `folder` (or as the GPU is called), anew or behind what is there.
@@ -90,8 +141,9 @@ impl Gpu {
         let copy = self.copy_stream();
         println!("copy {copy:.2} TB/s, read {:.2} TB/s", self.ceiling);
         self.record(&format!(
-            r#"{{"kind":"ceiling","copy_tbps":{copy:.3},"read_tbps":{:.3}}}"#,
-            self.ceiling
+            r#"{{"kind":"ceiling","copy_tbps":{copy:.3},"read_tbps":{:.3},"mma_tflops":{}}}"#,
+            self.ceiling,
+            number(self.arithmetic, 1),
         ));
         Ok(())
     }
