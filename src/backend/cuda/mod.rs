@@ -25,6 +25,7 @@ pub mod params;
 mod probe;
 mod product;
 mod program;
+mod routers;
 pub mod sampling;
 mod scratch;
 mod shape;
@@ -36,8 +37,9 @@ mod stopwatch;
 mod tables;
 mod weights;
 
+pub use routers::CudaRouters;
 pub use scratch::CudaScratch;
-pub use weights::{CudaRouters, CudaWeights};
+pub use weights::CudaWeights;
 
 use super::{
     Backend, Caps, Footprint, History, Limits, Live, NO_LOGITS, Progress, Report, Site, Step, WeightOptions,
@@ -158,7 +160,7 @@ impl<D: Device> Backend for Cuda<D> {
         let shape = Shape::new(spec, options.dtype)?;
         let kernels = shape.kernels(self.device.multiprocessors(), self.device.shared_per_block())?;
         let (layers, routers) = match routers {
-            Some(file) => weights::router_places(&shape, file.info(), Ptr::NULL)?,
+            Some(file) => routers::router_places(&shape, file.info(), Ptr::NULL)?,
             None => (Vec::new(), 0),
         };
         Ok(Footprint {

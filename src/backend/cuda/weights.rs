@@ -1,5 +1,4 @@
-//! Weights and routers on the device: one allocation each, sized before it is made, filled in pieces
-//! of a few MiB of host memory.
+//! Weights on the device: one allocation, sized before it is made, filled in pieces of a few MiB of host memory.
 
 use super::device::{Device, start};
 use super::launch::Kernels;
@@ -10,11 +9,10 @@ use crate::backend::Progress;
 use crate::dtype::{DType, bf16, f16, widen};
 use crate::error::{Error, Result, Status, try_vec, try_with_capacity};
 use crate::model::{LayerRole, ModelSpec, Norm, Role, Weights};
-use crate::sparsity::router::{AttnUnit, RouterFile, RouterInfo, RouterTensor};
 use std::sync::Arc;
 
 /// Host memory for one piece, bytes.
-const PIECE: usize = 16 << 20;
+pub(super) const PIECE: usize = 16 << 20;
 
 /// Weight and bias; a null bias is none.
 #[derive(Clone, Copy, Debug, Default)]
@@ -355,7 +353,7 @@ fn resize(v: &mut Vec<u8>, bytes: usize) -> Result<()> {
 }
 
 /// Elements of one stored type as another, 16-bit one.
-fn narrow(from: DType, src: &[u8], to: DType, dst: &mut [u8]) {
+pub(super) fn narrow(from: DType, src: &[u8], to: DType, dst: &mut [u8]) {
     let size = from.size();
     let mut wide = [0f32; 256];
     for (s, d) in src.chunks(256 * size).zip(dst.chunks_mut(512)) {
@@ -369,128 +367,4 @@ fn narrow(from: DType, src: &[u8], to: DType, dst: &mut [u8]) {
             };
         }
     }
-}
-
-/// Routers of one layer; null: none.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct LayerRouters {
-    pub(super) attn: Pair,
-    /// Rows of `attn`.
-    pub(super) attn_rows: usize,
-    /// `[rank, hidden]`, `[neurons, rank]`.
-    pub(super) down: Ptr,
-    pub(super) up: Ptr,
-    pub(super) rank: usize,
-}
-
-impl LayerRouters {
-    /// Rows of `attn` with zeros behind them, so that sums beside q, k and v stay 16-byte aligned.
-    pub(super) fn attn_room(&self) -> usize {
-        self.attn_rows.next_multiple_of(4)
-    }
-}
-
-/// Routers on a device.
-pub struct CudaRouters<D: Device> {
-    pub(super) layers: Vec<LayerRouters>,
-    bytes: u64,
-    memory: Memory<D>,
-}
-
-/// Lays routers out from `at` on.
-pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result<(Vec<LayerRouters>, u64)> {
-    let mut p = Places::from(at);
-    let mut layers = try_with_capacity(shape.layers, "router layers")?;
-    for l in 0..shape.layers {
-        let mut r = LayerRouters::default();
-        let attention = info.attention.as_ref();
-        if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
-            r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
-            r.attn = Pair { weight: p.take(r.attn_room() * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
-        }
-        if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
-            r.rank = (rank as usize).next_multiple_of(8);
-            r.down = p.take(r.rank * shape.hidden, 2);
-            r.up = p.take(shape.neurons * r.rank, 2);
-        }
-        layers.push(r);
-    }
-    Ok((layers, p.used() - at.0))
-}
-
-impl<D: Device> CudaRouters<D> {
-    /// Room for the routers that `info` lists, zeros.
-    fn empty(device: &Arc<D>, shape: &Shape, info: &RouterInfo) -> Result<CudaRouters<D>> {
-        let bytes = router_places(shape, info, Ptr::NULL)?.1;
-        check_room(&**device, "routers", bytes)?;
-        let memory = Memory::zeroed(device, bytes)?;
-        let layers = router_places(shape, info, memory.at)?.0;
-        Ok(CudaRouters { layers, bytes, memory })
-    }
-
-    /// Random routers, made on the device: for benchmarks.
-    pub fn random(device: &Arc<D>, spec: &ModelSpec, info: &RouterInfo) -> Result<CudaRouters<D>> {
-        let shape = Shape::new(spec, None)?;
-        let routers = CudaRouters::empty(device, &shape, info)?;
-        let kernels = shape.kernels(device.multiprocessors(), device.shared_per_block())?;
-        let fill = super::params::FillParams {
-            at: routers.memory.at,
-            count: routers.bytes / 2,
-            seed: 2,
-            scale: 0.03,
-            offset: 0.0,
-        };
-        start(&**device, &kernels.fill(shape.dtype)?, &fill)?;
-        Ok(routers)
-    }
-
-    pub(super) fn upload(device: &Arc<D>, spec: &ModelSpec, file: &RouterFile) -> Result<CudaRouters<D>> {
-        let shape = Shape::new(spec, None)?;
-        let routers = CudaRouters::empty(device, &shape, file.info())?;
-        for (l, r) in routers.layers.iter().enumerate() {
-            let put =
-                |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
-            if r.attn_rows > 0 {
-                put(RouterTensor::AttnWeight, r.attn.weight, shape.hidden)?;
-                put(RouterTensor::AttnBias, r.attn.bias, 1)?;
-            }
-            if r.rank > 0 {
-                put(RouterTensor::MlpDown, r.down, shape.hidden)?;
-                put(RouterTensor::MlpUp, r.up, r.rank)?;
-            }
-        }
-        device.synchronize()?;
-        Ok(routers)
-    }
-}
-
-fn router_tensor<D: Device>(
-    device: &D,
-    shape: &Shape,
-    file: &RouterFile,
-    layer: usize,
-    which: RouterTensor,
-    at: Ptr,
-    width: usize,
-) -> Result<()> {
-    let info = file
-        .tensor(layer, which)
-        .ok_or_else(|| Error::model(format!("router tensor {which:?} of layer {layer} is missing")))?;
-    let dims = info.shape.dims();
-    let (rows, columns) = (dims[0], dims.get(1).copied().unwrap_or(1));
-    let step = (PIECE / (4 * width)).max(1);
-    for first in (0..rows).step_by(step) {
-        let n = step.min(rows - first);
-        let mut raw = try_vec(n * columns * info.dtype.size(), 0u8, "loading buffer")?;
-        file.read(layer, which, (first * columns * info.dtype.size()) as u64, &mut raw)?;
-        let mut ready = try_vec(2 * n * columns, 0u8, "loading buffer")?;
-        narrow(info.dtype, &raw, shape.dtype, &mut ready);
-        let mut wide = try_vec(2 * n * width, 0u8, "loading buffer")?;
-        for row in 0..n {
-            wide[2 * row * width..][..2 * columns]
-                .copy_from_slice(&ready[2 * row * columns..][..2 * columns]);
-        }
-        device.copy_in(at.offset((2 * first * width) as u64), &wide)?;
-    }
-    Ok(())
 }
