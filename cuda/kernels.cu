@@ -2,6 +2,7 @@
 #include "attention_decode.cu"
 #include "attention_prefill.cu"
 #include "linear_skinny.cu"
+#include "router_bytes.cu"
 #include "linear_down.cu"
 #include "linear_tile.cu"
 #include "rows.cu"

@@ -8,7 +8,7 @@
 // at c ^ (r % 2 * 4), so that both sides touch all banks: no block barrier stands between a weight and its
 // use. x is shared by the block, in chunks of 128, one barrier each. The order in which a product sums k
 // is free, so both operands are used as they lie: element 8 t + 2 i of 32 is step i / 2.
-#include "common.cuh"
+#include "router_scores.cuh"
 
 namespace skinny {
 
@@ -130,37 +130,12 @@ template <class T, int MT, int NT, bool LISTED> DEVICE void run(const LinearPara
     }
 }
 
-// The MLP router's second product, straight to the neurons' scores: sums over the rows of group 0 of
-// max(logit, 0), and each other row's own. One part, so that every logit is whole here.
+// The MLP router's second product, straight to the neurons' scores, see router_scores.cuh.
 template <class T, int MT, int NT> DEVICE void scores(const RouterParams& p) {
     float c[MT][NT][4];
     const LinearParams product = {p.z, p.w, nullptr, nullptr, p.rows, p.n, p.rank, 1, nullptr, 0, 0};
     const uint32_t neuron0 = sums<T, MT, NT, false>(product, c);
-    const int lane = lane_index(), g = lane / 4, t = lane % 4;
-    uint32_t group[NT][2];
-    UNROLL for (int n = 0; n < NT; n++) {
-        UNROLL for (int i = 0; i < 2; i++) {
-            const uint32_t r = 8 * n + 2 * t + i;
-            group[n][i] = r < p.rows ? p.group[r] : NONE;
-        }
-    }
-    UNROLL for (int m = 0; m < MT; m++) {
-        UNROLL for (int high = 0; high < 2; high++) {
-            const uint32_t neuron = neuron0 + 16 * m + g + 8 * high;
-            float shared_score = 0;
-            UNROLL for (int n = 0; n < NT; n++) {
-                UNROLL for (int i = 0; i < 2; i++) {
-                    const float logit = c[m][n][2 * high + i], score = logit < 0 ? 0.0f : logit;
-                    if (group[n][i] == 0) shared_score += score;
-                    else if (group[n][i] != NONE && neuron < p.n)
-                        p.scores[(uint64_t)(group[n][i] - p.first_group) * p.n + neuron] = score;
-                }
-            }
-            shared_score += shuffle_xor(shared_score, 1);
-            shared_score += shuffle_xor(shared_score, 2);
-            if (t == 0 && neuron < p.n && p.first_group == 0) p.scores[neuron] = shared_score;
-        }
-    }
+    store_scores(p, neuron0, c);
 }
 
 }  // namespace skinny

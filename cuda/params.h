@@ -209,13 +209,17 @@ struct ActivateParams {
 // The MLP router's second product, as scores of the neurons.
 struct RouterParams {
     const void* z;          // T [rows][rank]
-    const void* w;          // T [n][rank]
+    Partial first;          // router_scores_made: the first product's sums instead of z
+    const void* w;          // T [n][rank]; with scales, bytes as in router_bytes.cu
+    const float* scales;    // [n], null: w is of type T
     float* scores;          // [groups of this launch][n]
     const uint32_t* group;  // [rows]: 0 sums its rows, every other group is one row, NONE: not wanted
     uint32_t rows;
     uint32_t n;
     uint32_t rank;
+    uint32_t stride;        // bytes of a row of w, a multiple of 64, where it has scales
     uint32_t first_group;
+    uint32_t more;          // not 0: group 0's sums go on from what is in `scores`
 };
 
 // The neurons with the largest sums of positive logits over the rows of a group.

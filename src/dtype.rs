@@ -36,6 +36,19 @@ impl DType {
     }
 }
 
+/// The scale of a row in int8, from its largest absolute value.
+pub fn scale_i8(most: f32) -> f32 {
+    most / 127.0
+}
+
+/// A row in int8 by its scale: nearest, ties to even, from -127 to 127. All zeros for scale 0.
+pub fn narrow_i8(values: &[f32], scale: f32, out: &mut [u8]) {
+    let by = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for (o, v) in out.iter_mut().zip(values) {
+        *o = (v * by).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
+    }
+}
+
 /// Widens `src` (elements of `dtype`, little endian, any alignment) into `dst`.
 /// `src` holds exactly `dst.len()` elements; `dtype` is one that files store.
 pub fn widen(dtype: DType, src: &[u8], dst: &mut [f32]) {

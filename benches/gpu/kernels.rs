@@ -90,7 +90,7 @@ fn attention_case(
     }
     let packed: Vec<u32> =
         selected.chunks(2).map(|c| u32::from(c[0]) | u32::from(*c.get(1).unwrap_or(&0)) << 16).collect();
-    let launch = k.decode();
+    let launch = k.decode(batch, false);
     let (q, out) =
         (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
     let [first, lengths_d, keep_d] = [&first, &lengths, &vec![keep; batch as usize]].map(|v| gpu.words(v));
@@ -101,7 +101,7 @@ fn attention_case(
     // As launched, and with one more load under way per warp.
     for stages in [k.stages, k.stages + 1] {
         k.stages = stages;
-        let launch = k.decode();
+        let launch = k.decode(batch, false);
         let mut prefix = vec![0];
         for l in &lengths {
             prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
@@ -230,32 +230,10 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
     for rows in [1, 8, 32, 64] {
         let rank = 1024;
         product(gpu, "linear", "router down", rows, rank, d, None);
-        let k = gpu.kernels(128, 1);
-        let bytes = u64::from(ffn) * u64::from(rank) * 2;
-        let copies = gpu.copies(bytes);
-        let (w, z) = (gpu.random(bytes / 2 * copies, 0.02), gpu.random(u64::from(rows * rank), 1.0));
         let (group, scores) = (gpu.room(4 * u64::from(rows)), gpu.room(4 * u64::from(ffn)));
-        let us = gpu.time(copies, |i| {
-            let params = RouterParams {
-                z: z.at,
-                w: w.at.offset(i * bytes),
-                scores: scores.at,
-                group: group.at,
-                rows,
-                n: ffn,
-                rank,
-                first_group: 0,
-            };
-            gpu.start(&k.router_scores(rows, ffn), &params);
-        });
-        let case = format!("{ffn}x{rank} B={rows}");
-        gpu.report(
-            "router_scores",
-            &case,
-            &format!(r#""rows":{rows},"n":{ffn},"k":{rank}"#),
-            us,
-            bytes as f64,
-        );
+        for width in [2, 1] {
+            router_scores(gpu, width, (rows, ffn, rank), group.at, scores.at);
+        }
         // Of these scores.
         for keep in [1632, 4912] {
             select(gpu, scores.at, ffn, keep, &format!("router's, B={rows}"));
@@ -277,6 +255,37 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             select(gpu, gpu.words(&scores).at, n, n / 10 / 8 * 8, what);
         }
     }
+}
+
+/// The router's second product; `width`: bytes of a number of its matrix.
+fn router_scores(gpu: &Gpu, width: u64, (rows, n, rank): (u32, u32, u32), group: Ptr, scores: Ptr) {
+    let k = gpu.kernels(128, 1);
+    let (name, launch) = match width {
+        1 => ("router_scores_bytes", k.router_scores_bytes(rows, n)),
+        _ => ("router_scores", k.router_scores(rows, n)),
+    };
+    let bytes = u64::from(n) * u64::from(rank) * width;
+    let copies = gpu.copies(bytes);
+    let (w, z) = (gpu.random(bytes / 2 * copies, 0.02), gpu.random(u64::from(rows * rank), 1.0));
+    // Two 16-bit numbers that are the size of a scale are a float of that size.
+    let scales = gpu.random(2 * u64::from(n), 0.02);
+    let us = gpu.time(copies, |i| {
+        let params = RouterParams {
+            z: z.at,
+            w: w.at.offset(i * bytes),
+            scales: if width == 1 { scales.at } else { Ptr::NULL },
+            scores,
+            group,
+            rows,
+            n,
+            rank,
+            stride: rank,
+            ..Default::default()
+        };
+        gpu.start(&launch, &params);
+    });
+    let case = format!("{n}x{rank} B={rows}");
+    gpu.report(name, &case, &format!(r#""rows":{rows},"n":{n},"k":{rank}"#), us, bytes as f64);
 }
 
 fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {

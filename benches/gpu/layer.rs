@@ -42,7 +42,7 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
     let (qkv_launch, qkv_splits) = k.linear(batch, n, HIDDEN);
     let (o_launch, o_splits) = k.linear(batch, HIDDEN, HEADS * HD);
     let (sums, delta) = (room(batch * n, 4 * qkv_splits), room(batch * HIDDEN, 4 * o_splits));
-    let decode = k.decode();
+    let decode = k.decode(batch, false);
     let parts = room(decode.grid.0 * 2 * (HEADS / KV_HEADS) * (HD + 4), 4);
     let (counters, selected, nan) = (room(batch * KV_HEADS, 4), room(batch * KV_HEADS, 2), room(1, 4));
     let rotation = room(context * HD, 4);

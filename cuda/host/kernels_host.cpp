@@ -31,6 +31,8 @@ const Named kernels[] = {
     BOTH(mlp_down, DownParams)
     ROWS(linear_up, LinearParams)
     ROWS(router_scores, RouterParams)
+    ROWS(router_scores_bytes, RouterParams)
+    BOTH(router_scores_made, RouterParams)
     BOTH(linear_tile_nt, LinearParams)
     BOTH(linear_tile_nn, LinearParams)
     BOTH(embed, EmbedParams)

@@ -136,7 +136,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     }
     tables.push(0);
     let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
-    let launch = k.decode();
+    let launch = k.decode(n as u32, false);
     let out = bench.room(2 * expected.len());
     let counters = bench.words(&vec![0; n * c.kv_heads]);
     let lse = bench.room(4 * n * heads);

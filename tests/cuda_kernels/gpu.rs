@@ -97,8 +97,8 @@ impl Device for Shared {
     fn record(&self) -> Result<bool> {
         self.0.record()
     }
-    fn recorded(&self) -> Result<u64> {
-        self.0.recorded()
+    fn recorded(&self, side_first: bool) -> Result<u64> {
+        self.0.recorded(side_first)
     }
     fn unrecord(&self) {
         self.0.unrecord();

@@ -192,9 +192,38 @@ pub fn down_products_that_make_their_input() {
     }
 }
 
+/// How the matrix of [`router_scores`] is stored.
+#[derive(Clone, Copy, PartialEq)]
+enum Stored {
+    Typed,
+    /// In 8 bits with scales.
+    Bytes,
+    /// The same, of rows that follow others, whose sums are there.
+    MoreBytes,
+    /// In 8 bits, z in three parts.
+    Made,
+}
+
+/// A matrix of whole numbers from -127 to 127 as `cuda/router_bytes.cu` wants it, rows filled up with bytes that
+/// must not count.
+fn in_bytes(w: &[f64], rank: usize) -> (Vec<u8>, usize) {
+    let stride = rank.next_multiple_of(64);
+    let mut out = vec![255; w.len() / rank * stride];
+    for (i, &v) in w.iter().enumerate() {
+        let (row, c) = (i / rank, i % rank);
+        let place = c / 64 * 64 + c / 8 % 4 * 16 + c / 32 % 2 * 8 + c % 8;
+        out[row * stride + place] = (v as i32 + 128) as u8;
+    }
+    (out, stride)
+}
+
 /// The MLP router's second product as scores, padding rows and other groups apart.
-fn router_scores(bench: &Bench, rows: usize, n: usize, rank: usize, first_group: u32) -> Vec<u8> {
-    let dtype = DType::BF16;
+fn router_scores(
+    bench: &Bench,
+    stored: Stored,
+    (dtype, rows, n, rank): (DType, usize, usize, usize),
+    first_group: u32,
+) -> Vec<u8> {
     let mut rng = Rng((rows + n + rank) as u64);
     let mut next = 0;
     let group: Vec<u32> = (0..rows)
@@ -207,27 +236,53 @@ fn router_scores(bench: &Bench, rows: usize, n: usize, rank: usize, first_group:
             }
         })
         .collect();
-    let (mut z, w) = (rng.vector(rows * rank, 1.0, dtype), rng.vector(n * rank, 0.1, dtype));
+    let (mut z, mut w) = (rng.vector(rows * rank, 1.0, dtype), rng.vector(n * rank, 0.1, dtype));
     for r in (0..rows).filter(|&r| group[r] == NONE) {
         z[r * rank..(r + 1) * rank].fill(f64::NAN);
     }
     let groups = (next + 1 - first_group) as usize;
-    let scores = bench.room(4 * groups * n);
+    let before = if stored == Stored::MoreBytes { rng.vector(groups * n, 1.0, DType::F32) } else { vec![] };
+    let scores = if before.is_empty() { bench.room(4 * groups * n) } else { bench.floats(&before) };
     let kernels = Kernels::new(dtype, 64, 1, 5, 227 * 1024).unwrap();
-    bench.start(
-        &kernels.router_scores(rows as u32, n as u32),
-        &RouterParams {
-            z: bench.half(&z, dtype),
-            w: bench.half(&w, dtype),
-            scores,
-            group: bench.words(&group),
-            rows: rows as u32,
-            n: n as u32,
-            rank: rank as u32,
-            first_group,
-        },
-    );
+    let mut params = RouterParams {
+        z: bench.half(&z, dtype),
+        scores,
+        group: bench.words(&group),
+        rows: rows as u32,
+        n: n as u32,
+        rank: rank as u32,
+        first_group,
+        more: u32::from(stored == Stored::MoreBytes),
+        ..Default::default()
+    };
+    if stored == Stored::Typed {
+        params.w = bench.half(&w, dtype);
+        bench.start(&kernels.router_scores(rows as u32, n as u32), &params);
+    } else {
+        w.iter_mut().for_each(|v| *v = (*v * 500.0).round().clamp(-127.0, 127.0));
+        (w[0], w[1]) = (-127.0, 127.0);
+        let (bytes, stride) = in_bytes(&w, rank);
+        let scales: Vec<f64> = rng.vector(n, 0.01, DType::F32).iter().map(|v| v.abs()).collect();
+        params.w = bench.raw(&bytes);
+        params.stride = stride as u32;
+        params.scales = bench.floats(&scales);
+        w.iter_mut().enumerate().for_each(|(i, v)| *v *= scales[i / rank]);
+        if stored == Stored::Made {
+            // Parts that add up exactly; nothing of z itself is there to read.
+            let part = |by: f64| z.iter().map(|v| v * by).collect::<Vec<_>>();
+            let parts = [part(0.5), part(0.25), part(0.25)].concat();
+            params.first = Partial { data: bench.floats(&parts), splits: 3, columns: rank as u32 };
+            params.z = Ptr::NULL;
+            let launch = kernels.router_scores_made(rows as u32, n as u32, rank as u32);
+            bench.start(&launch.unwrap(), &params);
+        } else {
+            bench.start(&kernels.router_scores_bytes(rows as u32, n as u32), &params);
+        }
+    }
     let mut expected = vec![0.0; groups * n];
+    if first_group == 0 && !before.is_empty() {
+        expected[..n].copy_from_slice(&before[..n]);
+    }
     for r in (0..rows).filter(|&r| group[r] != NONE) {
         for j in 0..n {
             let logit: f64 = (0..rank).map(|i| z[r * rank + i] * w[j * rank + i]).sum();
@@ -241,10 +296,21 @@ fn router_scores(bench: &Bench, rows: usize, n: usize, rank: usize, first_group:
 
 #[test]
 pub fn router_products_leave_scores() {
-    for rows in [1, 2, 7, 8, 9, 16, 17, 33, 64] {
-        router_scores(&Bench::new(6), rows, 130, 72, (rows == 2 || rows == 9).into());
+    for stored in [Stored::Typed, Stored::Bytes, Stored::MoreBytes] {
+        for rows in [1, 2, 7, 8, 9, 16, 17, 33, 64] {
+            let first_group = u32::from(rows == 2 || rows == 9);
+            router_scores(&Bench::new(6), stored, (DType::BF16, rows, 130, 72), first_group);
+        }
+        orders(|b| router_scores(b, stored, (DType::F16, 6, 200, 264), 0));
     }
-    orders(|b| router_scores(b, 6, 200, 264, 0));
+    // Steps of 128 columns: less than one, all buffers and more, with and without a rest.
+    for rank in [8, 128, 512, 1032] {
+        router_scores(&Bench::new(7), Stored::Bytes, (DType::BF16, 34, 40, rank), 0);
+        router_scores(&Bench::new(7), Stored::Bytes, (DType::BF16, 3, 130, rank), 0);
+        for rows in [1, 2] {
+            orders(|b| router_scores(b, Stored::Made, (DType::BF16, rows, 130, rank), 0));
+        }
+    }
 }
 
 #[test]

@@ -147,9 +147,9 @@ impl Device for Faulty {
         self.may_fail("start_beside")?;
         self.inner.start_beside(&self.spoiled(launch), params)
     }
-    fn recorded(&self) -> Result<u64> {
+    fn recorded(&self, side_first: bool) -> Result<u64> {
         // As with the driver, a recording that cannot be ended well is over all the same.
-        let program = self.inner.recorded()?;
+        let program = self.inner.recorded(side_first)?;
         self.may_fail("recorded").inspect_err(|_| self.inner.forget(program))?;
         Ok(program)
     }

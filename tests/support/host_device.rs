@@ -476,7 +476,7 @@ impl Device for Host {
         assert!(before.is_none(), "a recording within a recording");
         Ok(true)
     }
-    fn recorded(&self) -> Result<u64> {
+    fn recorded(&self, _: bool) -> Result<u64> {
         self.join()?;
         let list = self.recording.lock().unwrap().take().unwrap_or_default();
         let id = u64::from(self.recordings.load(Ordering::Relaxed));

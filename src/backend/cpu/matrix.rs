@@ -5,7 +5,7 @@
 //! of many rows then reads memory in one stream.
 
 use super::simd::{LANE_ORDER, PAD, Rows, bf16_bits};
-use crate::dtype::{DType, f16, widen};
+use crate::dtype::{DType, f16, narrow_i8, scale_i8, widen};
 use crate::error::Result;
 use crate::sys::alloc::Buf;
 use crate::sys::pool::Pool;
@@ -117,9 +117,8 @@ impl Mat {
             pool.each((Chunks::new(data, row), Chunks::new(scales, 1)), |(data, scale), i| {
                 let mut most = 0.0f32;
                 chunks(dtype, source(i), |_, v| v.iter().for_each(|v| most = most.max(v.abs())));
-                scale[0] = most / 127.0;
-                let by = inverse(scale[0]);
-                chunks(dtype, source(i), |c, v| narrow_i8(v, by, &mut data[c..]));
+                scale[0] = scale_i8(most);
+                chunks(dtype, source(i), |c, v| narrow_i8(v, scale[0], &mut data[c..]));
             });
         } else {
             pool.each(Chunks::new(data, row), |data, i| {
@@ -140,7 +139,7 @@ impl Mat {
             for line in src.chunks_exact(rows * size) {
                 chunks(dtype, &line[i * 256 * size..][..scales.len() * size], |c, v| {
                     for (s, v) in scales[c..].iter_mut().zip(v) {
-                        *s = s.max(v.abs() / 127.0);
+                        *s = s.max(scale_i8(v.abs()));
                     }
                 });
             }
@@ -174,7 +173,7 @@ impl Mat {
                     for (r, v) in values[..n].iter().enumerate() {
                         let at = &mut data[r * row + c * to.size()..];
                         match to {
-                            DType::I8 => narrow_i8(&[*v], inverse(scales[i * TILE + r]), at),
+                            DType::I8 => narrow_i8(&[*v], scales[i * TILE + r], at),
                             _ => narrow(to, &[*v], at),
                         }
                     }
@@ -217,16 +216,6 @@ fn chunks(dtype: DType, src: &[u8], mut f: impl FnMut(usize, &[f32])) {
         let n = piece.len() / dtype.size();
         widen(dtype, piece, &mut values[..n]);
         f(i * N, &values[..n]);
-    }
-}
-
-fn inverse(scale: f32) -> f32 {
-    if scale > 0.0 { 1.0 / scale } else { 0.0 }
-}
-
-fn narrow_i8(values: &[f32], by: f32, out: &mut [u8]) {
-    for (o, v) in out.iter_mut().zip(values) {
-        *o = (v * by).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
     }
 }
 

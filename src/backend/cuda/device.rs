@@ -72,9 +72,10 @@ pub trait Device: Send + Sync + 'static {
 
     /// Starts recording launches instead of running them; false: cannot.
     fn record(&self) -> Result<bool>;
-    /// Ends recording, and a fork that is still open; the recorded launches as a program of this device,
+    /// Ends recording, and a fork that is still open; `side_first`: where blocks of both wait for room, the side
+    /// work's go first. The recorded launches as a program of this device,
     /// ready to run.
-    fn recorded(&self) -> Result<u64>;
+    fn recorded(&self, side_first: bool) -> Result<u64>;
     /// Ends a recording, if one is open, with its fork, and drops it.
     fn unrecord(&self);
     /// Runs a recorded program.
@@ -134,7 +135,7 @@ forward! {
     fn synchronize(&self) -> Result<()>;
     fn finished(&self, timeout_ns: u64) -> Result<bool>;
     fn record(&self) -> Result<bool>;
-    fn recorded(&self) -> Result<u64>;
+    fn recorded(&self, side_first: bool) -> Result<u64>;
     fn unrecord(&self);
     fn replay(&self, program: u64) -> Result<()>;
     fn forget(&self, program: u64);

@@ -442,19 +442,22 @@ impl Device for Driver {
         begun.map(|()| true)
     }
 
-    fn recorded(&self) -> Result<u64> {
+    fn recorded(&self, side_first: bool) -> Result<u64> {
         let _entered = self.enter()?;
         // A capture with a fork left open does not end.
         let joined = self.join();
         let (mut graph, mut exec) = (null_mut(), null_mut());
+        // Without it the streams' priorities count for nothing in a graph.
+        let by_node = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY.0;
+        let flags = if side_first { by_node.into() } else { 0 };
         // SAFETY: ends the capture that `record` began; the graph is destroyed once instantiated, the
         // instance if it cannot be uploaded.
         unsafe {
             let ended = check("graph capture", sys::cuStreamEndCapture(self.recorder, &mut graph));
             self.recording.store(0, Ordering::Release);
             ended?;
-            let made =
-                joined.and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0)));
+            let made = joined
+                .and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, flags)));
             let _ = sys::cuGraphDestroy(graph);
             made?;
             // Else the first replay would pay for it.

@@ -1,6 +1,6 @@
 //! Kernels by name, and the grid, threads and shared memory of each launch.
 
-use super::cut::{DownCut, MOST_SKINNY, SkinnyCut, fits_beside, splits};
+use super::cut::{DownCut, MOST_SKINNY, SkinnyCut, even_workers, fits_beside, splits};
 use super::params::SAMPLE_BINS;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -49,6 +49,10 @@ macro_rules! names {
             "linear_up_f16_1", "linear_up_f16_2", "linear_up_f16_4", "linear_up_f16_8",
             "router_scores_bf16_1", "router_scores_bf16_2", "router_scores_bf16_4", "router_scores_bf16_8",
             "router_scores_f16_1", "router_scores_f16_2", "router_scores_f16_4", "router_scores_f16_8",
+            "router_scores_bytes_bf16_1", "router_scores_bytes_bf16_2",
+            "router_scores_bytes_bf16_4", "router_scores_bytes_bf16_8",
+            "router_scores_bytes_f16_1", "router_scores_bytes_f16_2",
+            "router_scores_bytes_f16_4", "router_scores_bytes_f16_8",
             "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
             "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
         ];
@@ -56,7 +60,7 @@ macro_rules! names {
 }
 
 names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"mlp_down" }
+"mlp_down" "router_scores_made" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -73,6 +77,10 @@ pub const LIBRARY_COLUMNS: u32 = 16_384;
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Rows up to which the down product makes its own input from the up product's sums.
 pub const MADE_ROWS: u32 = 4;
+/// Rows up to which the MLP router's second product makes its own input from the first one's sums.
+pub const ROUTER_MADE_ROWS: u32 = 2;
+/// Most parts of those sums, which every block of that product adds.
+const ROUTER_MADE_SPLITS: u32 = 8;
 /// Neurons up to which their selection keeps its keys in registers.
 const REGISTER_NEURONS: u32 = 16_384;
 /// Neurons whose list one block of a selection writes.
@@ -137,6 +145,8 @@ pub struct Kernels {
     skinny: [Id; 4],
     up: [Id; 4],
     router: [Id; 4],
+    router_bytes: [Id; 4],
+    router_made: Id,
     down: [Id; 3],
     mlp_down: Id,
     /// Choices that a measurement decides.
@@ -216,6 +226,8 @@ impl Kernels {
             skinny: by_rows("linear_skinny")?,
             up: by_rows("linear_up")?,
             router: by_rows("router_scores")?,
+            router_bytes: by_rows("router_scores_bytes")?,
+            router_made: each("router_scores_made")?,
             down: [
                 by_name(&format!("linear_down_{t}_1"))?,
                 by_name(&format!("linear_down_{t}_2"))?,
@@ -291,6 +303,24 @@ impl Kernels {
         Launch { kernel: self.router[cut.variant], grid: (n.div_ceil(cut.neurons), 1), ..cut.launch() }
     }
 
+    /// The same from a matrix of 8-bit numbers, see `cuda/router_bytes.cu`.
+    pub fn router_scores_bytes(&self, rows: u32, n: u32) -> Launch {
+        let cut = SkinnyCut::bytes(rows);
+        Launch { kernel: self.router_bytes[cut.variant], grid: (n.div_ceil(cut.neurons), 1), ..cut.launch() }
+    }
+
+    /// The same for up to [`ROUTER_MADE_ROWS`] rows, from the sums of the first product. None where its input does not
+    /// fit in shared memory.
+    pub fn router_scores_made(&self, rows: u32, n: u32, rank: u32) -> Option<Launch> {
+        let cut = SkinnyCut::bytes_made(rank);
+        let serves = rows <= ROUTER_MADE_ROWS && cut.shared <= self.shared_per_block;
+        serves.then(|| Launch {
+            kernel: self.router_made,
+            grid: (n.div_ceil(cut.neurons), 1),
+            ..cut.launch()
+        })
+    }
+
     /// Neuron selection of `groups` groups, from their scores.
     pub fn select_neurons(&self, groups: u32, n: u32) -> Launch {
         let kernel = self.neurons[usize::from(n > REGISTER_NEURONS)];
@@ -358,16 +388,17 @@ impl Kernels {
         Ok(Launch { kernel, grid: (8 * self.multiprocessors, 1), threads: 256, shared: 0 })
     }
 
-    /// Blocks of the decode attention: as many as run at once.
+    /// Most blocks of the decode attention: as many as run at once.
     pub fn decode_workers(&self) -> u32 {
         self.multiprocessors * self.decode_blocks
     }
 
-    /// Decode attention.
-    pub fn decode(&self) -> Launch {
+    /// Decode attention of so many sequences; `beside`: side work is waiting for room.
+    pub fn decode(&self, sequences: u32, beside: bool) -> Launch {
         let shared =
             decode_fixed_bytes(self.head_dim, self.group) + 4 * self.stages * (64 * self.head_dim + 8);
-        Launch { kernel: self.decode, grid: (self.decode_workers(), 1), threads: 128, shared }
+        let grid = (even_workers(self.decode_workers(), sequences, beside), 1);
+        Launch { kernel: self.decode, grid, threads: 128, shared }
     }
 
     /// Packed query rows of a prefill tile, and tokens of the cache a step.
@@ -420,6 +451,14 @@ impl Kernels {
     pub fn linear_up(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         let most = if rows <= MADE_ROWS && fits_beside(n, k) { 2 } else { MOST_SKINNY };
         self.skinny(self.up, SkinnyCut::new(rows, SkinnyCut::READY_DEPTH), most, (n, k))
+    }
+
+    /// The MLP router's first product.
+    pub fn router_down(&self, rows: u32, rank: u32, k: u32) -> (Launch, u32) {
+        let (launch, splits) = self.linear(rows, rank, k);
+        let splits = if rows <= ROUTER_MADE_ROWS { splits.min(ROUTER_MADE_SPLITS) } else { splits };
+        let y = if rows <= SKINNY_ROWS { splits } else { launch.grid.1 };
+        (Launch { grid: (launch.grid.0, y), ..launch }, splits)
     }
 
     fn skinny(&self, kernels: [Id; 4], cut: SkinnyCut, most: u32, (n, k): (u32, u32)) -> (Launch, u32) {

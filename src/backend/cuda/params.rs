@@ -105,7 +105,8 @@ params! {
     }
     /// See the header.
     RouterParams {
-        z: Ptr, w: Ptr, scores: Ptr, group: Ptr, rows: u32, n: u32, rank: u32, first_group: u32,
+        z: Ptr, first: Partial, w: Ptr, scales: Ptr, scores: Ptr, group: Ptr,
+        rows: u32, n: u32, rank: u32, stride: u32, first_group: u32, more: u32,
     }
     /// See the header.
     NeuronParams {

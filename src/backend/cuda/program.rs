@@ -3,6 +3,7 @@
 //! padding, which densities requests have or which units win: those lie in device tables.
 
 use super::device::Device;
+use super::neurons::SIDE_FIRST;
 use super::scratch::{CudaScratch, MAX_PROGRAMS, Mode};
 use super::{Cuda, CudaWeights};
 use crate::backend::Step;
@@ -79,7 +80,8 @@ impl<D: Device> Cuda<D> {
             Mode::Run => Ok(()),
             Mode::Replay(program) => self.device.replay(program),
             Mode::Record(key) => {
-                let program = self.device.recorded()?;
+                let beside = s.neurons_selected.is_some();
+                let program = self.device.recorded(beside && SIDE_FIRST.contains(&s.tables.rows().decode))?;
                 if s.programs.len() == MAX_PROGRAMS {
                     self.device.forget(s.programs.remove(0).1);
                 }

@@ -5,9 +5,11 @@ use super::memory::{Memory, Places, check_room};
 use super::params::{FillParams, Ptr};
 use super::shape::Shape;
 use super::weights::{PIECE, Pair, narrow};
+use crate::dtype::{narrow_i8, scale_i8, widen};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::ModelSpec;
 use crate::sparsity::router::{AttnUnit, RouterFile, RouterInfo, RouterTensor};
+use crate::tensor::TensorInfo;
 use std::sync::Arc;
 
 /// Routers of one layer; null: none.
@@ -16,9 +18,11 @@ pub(super) struct LayerRouters {
     pub(super) attn: Pair,
     /// Rows of `attn`.
     pub(super) attn_rows: usize,
-    /// `[rank, hidden]`, `[neurons, rank]`.
+    /// `[rank, hidden]`.
     pub(super) down: Ptr,
+    /// `[neurons, rank]` in 8 bits as `cuda/router_bytes.cu` wants them, and a scale a row.
     pub(super) up: Ptr,
+    pub(super) up_scales: Ptr,
     pub(super) rank: usize,
 }
 
@@ -26,6 +30,11 @@ impl LayerRouters {
     /// Rows of `attn` with zeros behind them, so that sums beside q, k and v stay 16-byte aligned.
     pub(super) fn attn_room(&self) -> usize {
         self.attn_rows.next_multiple_of(4)
+    }
+
+    /// Bytes of a row of `up`.
+    pub(super) fn up_stride(&self) -> usize {
+        self.rank.next_multiple_of(BLOCK)
     }
 }
 
@@ -50,7 +59,8 @@ pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result
         if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
             r.rank = (rank as usize).next_multiple_of(8);
             r.down = p.take(r.rank * shape.hidden, 2);
-            r.up = p.take(shape.neurons * r.rank, 2);
+            r.up = p.take(shape.neurons * r.up_stride(), 1);
+            r.up_scales = p.take(shape.neurons, 4);
         }
         layers.push(r);
     }
@@ -90,12 +100,57 @@ impl<D: Device> CudaRouters<D> {
             }
             if r.rank > 0 {
                 put(RouterTensor::MlpDown, r.down, shape.hidden)?;
-                put(RouterTensor::MlpUp, r.up, r.rank)?;
+                in_bytes(&**device, file, l, r)?;
             }
         }
         device.synchronize()?;
         Ok(routers)
     }
+}
+
+/// Columns within which those of a matrix of bytes are reordered.
+const BLOCK: usize = 64;
+
+/// Where `cuda/router_bytes.cu` wants a column.
+fn place_of(column: usize) -> usize {
+    let (block, j, t, i) = (column / BLOCK, column / 32 % 2, column / 8 % 4, column % 8);
+    block * BLOCK + 16 * t + 8 * j + i
+}
+
+/// The router's second matrix: 8 bits choose the neurons that the stored type chooses, but for near ties (see
+/// `mlp_routers_in_int8_choose_the_same_neurons`), and reading it is most of what the choice costs.
+fn in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRouters) -> Result<()> {
+    let info = tensor(file, layer, RouterTensor::MlpUp)?;
+    let (rows, columns, stride) = (info.shape.dims()[0], info.shape.dims()[1], r.up_stride());
+    let line = columns * info.dtype.size();
+    let step = (PIECE / (4 * stride)).max(1);
+    let mut values = try_vec(columns, 0.0f32, "loading buffer")?;
+    let mut narrow = try_vec(columns, 0u8, "loading buffer")?;
+    for first in (0..rows).step_by(step) {
+        let n = step.min(rows - first);
+        let mut raw = try_vec(n * line, 0u8, "loading buffer")?;
+        file.read(layer, RouterTensor::MlpUp, (first * line) as u64, &mut raw)?;
+        let mut bytes = try_vec(n * stride, 0u8, "loading buffer")?;
+        let mut scales = try_vec(4 * n, 0u8, "loading buffer")?;
+        for row in 0..n {
+            widen(info.dtype, &raw[row * line..][..line], &mut values);
+            let scale = scale_i8(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
+            narrow_i8(&values, scale, &mut narrow);
+            let out = &mut bytes[row * stride..][..stride];
+            for (c, v) in narrow.iter().enumerate() {
+                out[place_of(c)] = v ^ 0x80; // 128 more
+            }
+            scales[4 * row..][..4].copy_from_slice(&scale.to_le_bytes());
+        }
+        device.copy_in(r.up.offset((first * stride) as u64), &bytes)?;
+        device.copy_in(r.up_scales.offset(4 * first as u64), &scales)?;
+    }
+    Ok(())
+}
+
+fn tensor(file: &RouterFile, layer: usize, which: RouterTensor) -> Result<TensorInfo> {
+    let missing = || Error::model(format!("router tensor {which:?} of layer {layer} is missing"));
+    file.tensor(layer, which).ok_or_else(missing)
 }
 
 fn router_tensor<D: Device>(
@@ -107,9 +162,7 @@ fn router_tensor<D: Device>(
     at: Ptr,
     width: usize,
 ) -> Result<()> {
-    let info = file
-        .tensor(layer, which)
-        .ok_or_else(|| Error::model(format!("router tensor {which:?} of layer {layer} is missing")))?;
+    let info = tensor(file, layer, which)?;
     let dims = info.shape.dims();
     let (rows, columns) = (dims[0], dims.get(1).copied().unwrap_or(1));
     let step = (PIECE / (4 * width)).max(1);

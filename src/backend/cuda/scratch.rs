@@ -213,7 +213,7 @@ fn places(
         }
         if l.rank > 0 {
             rank = rank.max(l.rank);
-            router_sums = router_sums.max(forward(s.neurons, l.rank)).max(forward(l.rank, d));
+            router_sums = router_sums.max(forward(l.rank, d));
         }
     }
     let has_mlp = rank > 0;

@@ -333,7 +333,8 @@ impl<D: Device> Cuda<D> {
                 early: 1,
                 scale,
             };
-            self.go(s, &s.kernels.decode(), &params)?;
+            let beside = s.neurons_selected == Some(layer);
+            self.go(s, &s.kernels.decode(sequences, beside), &params)?;
         }
         if s.tables.n_tiles > 0 {
             let params = PrefillParams {

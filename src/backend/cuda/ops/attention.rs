@@ -226,6 +226,6 @@ impl Ops {
             early: 0,
             scale: scale * std::f32::consts::LOG2_E,
         };
-        queue.go(&k.decode(), &params)
+        queue.go(&k.decode(op.sequences, false), &params)
     }
 }

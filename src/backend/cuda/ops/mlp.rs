@@ -254,6 +254,7 @@ impl Ops {
                 n: op.neurons,
                 rank: op.rank,
                 first_group: 0,
+                ..Default::default()
             };
             queue.go(&k.router_scores(op.rows, op.neurons), &scores)?;
         } else {
