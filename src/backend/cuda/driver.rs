@@ -172,6 +172,12 @@ impl Driver {
         if self.recording.load(Ordering::Relaxed) == this_thread() { self.recorder } else { self.stream }
     }
 
+    /// The capture has ended, or did not begin.
+    fn end_recording(&self) {
+        self.side.let_go();
+        self.recording.store(0, Ordering::Release);
+    }
+
     /// With `false`, a shape's product is done by cuBLASLt's first proposal, untimed: slower at some
     /// shapes, but a model's bits do not depend on what was faster in this process. Products chosen so
     /// far are forgotten.
@@ -428,16 +434,20 @@ impl Device for Driver {
 
     fn record(&self) -> Result<bool> {
         let _entered = self.enter()?;
-        // One at a time: who comes second runs without recording.
+        // One at a time, and not while another thread has side work: who comes second runs without recording.
         let free = self.recording.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
         if free.is_err() {
+            return Ok(false);
+        }
+        if !self.side.keep() {
+            self.recording.store(0, Ordering::Release);
             return Ok(false);
         }
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is this object's own.
         let begun = check("graph capture", unsafe { sys::cuStreamBeginCapture_v2(self.recorder, mode) });
         if begun.is_err() {
-            self.recording.store(0, Ordering::Release);
+            self.end_recording();
         }
         begun.map(|()| true)
     }
@@ -454,7 +464,7 @@ impl Device for Driver {
         // instance if it cannot be uploaded.
         unsafe {
             let ended = check("graph capture", sys::cuStreamEndCapture(self.recorder, &mut graph));
-            self.recording.store(0, Ordering::Release);
+            self.end_recording();
             ended?;
             let made = joined
                 .and_then(|()| check("graph", sys::cuGraphInstantiateWithFlags(&mut exec, graph, flags)));
@@ -483,7 +493,7 @@ impl Device for Driver {
                 }
             }
         }
-        self.recording.store(0, Ordering::Release);
+        self.end_recording();
     }
 
     fn replay(&self, program: u64) -> Result<()> {

@@ -1,7 +1,9 @@
 //! The side stream of a GPU: work that runs beside the main stream between a fork and a join.
 //!
 //! One thread at a time has it. Work of others goes to the main stream in line, so engines on several
-//! threads share a device without waiting for each other.
+//! threads share a device without waiting for each other. A thread that records has it until the recording has
+//! ended: from its first fork on the stream belongs to that recording, between forks too, and what another thread
+//! does with it then can crash the driver.
 
 use super::driver::this_thread;
 use super::probe::check;
@@ -9,7 +11,7 @@ use crate::error::Result;
 use cudarc::driver::sys::{self, CUstream};
 use std::cell::Cell;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Which of a thread's two streams a launch goes to.
 #[derive(Clone, Copy)]
@@ -41,14 +43,23 @@ pub(super) struct Side {
     stream: CUstream,
     /// Of the fork and of the join.
     events: [sys::CUevent; 2],
-    /// The thread that forked, 0: none.
+    /// The thread that has it, 0: none.
     owner: AtomicUsize,
+    /// That thread has forked and not joined since; it has the side for a recording. Both its own to change.
+    forked: AtomicBool,
+    kept: AtomicBool,
 }
 
 impl Side {
     /// Before there is a context.
     pub(super) fn none() -> Side {
-        Side { stream: null_mut(), events: [null_mut(); 2], owner: AtomicUsize::new(0) }
+        Side {
+            stream: null_mut(),
+            events: [null_mut(); 2],
+            owner: AtomicUsize::new(0),
+            forked: AtomicBool::new(false),
+            kept: AtomicBool::new(false),
+        }
     }
 
     /// Makes stream and events in the current context.
@@ -70,16 +81,47 @@ impl Side {
 
     /// Lets side work start after what is on `main` so far, if no other thread has any.
     pub(super) fn fork(&self, main: CUstream) -> Result<()> {
-        if self.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_err() {
+        let kept = self.is_mine() && self.kept.load(Ordering::Relaxed);
+        if !kept && !self.take() {
             return Ok(());
         }
         Lane::Side.order_next();
-        meet(main, self.events[0], self.stream).inspect_err(|_| self.owner.store(0, Ordering::Release))
+        self.forked.store(true, Ordering::Relaxed);
+        meet(main, self.events[0], self.stream).inspect_err(|_| self.leave())
+    }
+
+    /// Takes the side for a recording, from before it begins until [`Side::let_go`]; false: another thread has it.
+    pub(super) fn keep(&self) -> bool {
+        let taken = self.take();
+        if taken {
+            self.kept.store(true, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// Once the recording has ended.
+    pub(super) fn let_go(&self) {
+        if self.is_mine() {
+            self.kept.store(false, Ordering::Relaxed);
+            self.leave();
+        }
+    }
+
+    fn take(&self) -> bool {
+        self.owner.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+
+    /// After a join.
+    fn leave(&self) {
+        self.forked.store(false, Ordering::Relaxed);
+        if !self.kept.load(Ordering::Relaxed) {
+            self.owner.store(0, Ordering::Release);
+        }
     }
 
     /// Where this thread's side work goes.
     pub(super) fn lane(&self, main: CUstream) -> (CUstream, Lane) {
-        if self.is_mine() {
+        if self.has_forked() {
             return (self.stream, Lane::Side);
         }
         IN_LINE.set(true);
@@ -88,7 +130,7 @@ impl Side {
 
     /// What comes next on `main` waits for the side work, and its first launch is in order.
     pub(super) fn join(&self, main: CUstream) -> Result<()> {
-        let mine = self.is_mine();
+        let mine = self.has_forked();
         if IN_LINE.replace(false) || mine {
             Lane::Main.order_next();
         }
@@ -96,8 +138,13 @@ impl Side {
             return Ok(());
         }
         let met = meet(self.stream, self.events[1], main);
-        self.owner.store(0, Ordering::Release);
+        self.leave();
         met
+    }
+
+    /// Whether this thread's side work goes to the side.
+    fn has_forked(&self) -> bool {
+        self.is_mine() && self.forked.load(Ordering::Relaxed)
     }
 
     fn is_mine(&self) -> bool {
