@@ -56,8 +56,7 @@ template <class T> struct Made {
             const uint32_t r = i / quads, k = i % quads * 4;
             Floats4 sum[1] = {};
             if (r < p.rows && k < p.rank) partial_sums<4, 1>(sum, p.first, p.rows, r, {k});
-            *(Words2*)(buffer + r * stride() + 2 * k) =
-                Words2{{pack2<T>(sum[0].v[0], sum[0].v[1]), pack2<T>(sum[0].v[2], sum[0].v[3])}};
+            store4<T>(buffer + r * stride(), k, sum[0]);
         }
         sync_block();
     }

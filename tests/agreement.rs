@@ -103,8 +103,10 @@ fn compare(name: &str, cpu: &Side, other: &Side, density: f32, mlp: MlpMode) {
     if density == 1.0 && mlp == MlpMode::Dense {
         assert!(widest <= NEAR_TIE, "{name}: tokens part where the CPU's candidates are {widest} apart");
     }
-    // A sequence that parts early loses all its tokens, so how many part counts more.
-    assert!(equal * 10 >= total * 7, "{name}: {equal} of {total} tokens equal");
+    // MLP routers choose among thousands of neurons at every place, so near-ties part sequences earlier, which then
+    // lose all their tokens.
+    let least = if mlp == MlpMode::Dense { 8 } else { 7 };
+    assert!(equal * 10 >= total * least, "{name}: {equal} of {total} tokens equal");
     assert!(parted * 2 <= a.len(), "{name}: {parted} of {} sequences part", a.len());
 }
 

@@ -80,7 +80,7 @@ pub const MADE_ROWS: u32 = 4;
 /// Rows up to which the MLP router's second product makes its own input from the first one's sums.
 pub const ROUTER_MADE_ROWS: u32 = 2;
 /// Most parts of those sums, which every block of that product adds.
-const ROUTER_MADE_SPLITS: u32 = 8;
+pub const ROUTER_MADE_SPLITS: u32 = 8;
 /// Neurons up to which their selection keeps its keys in registers.
 const REGISTER_NEURONS: u32 = 16_384;
 /// Neurons whose list one block of a selection writes.
@@ -451,14 +451,6 @@ impl Kernels {
     pub fn linear_up(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         let most = if rows <= MADE_ROWS && fits_beside(n, k) { 2 } else { MOST_SKINNY };
         self.skinny(self.up, SkinnyCut::new(rows, SkinnyCut::READY_DEPTH), most, (n, k))
-    }
-
-    /// The MLP router's first product.
-    pub fn router_down(&self, rows: u32, rank: u32, k: u32) -> (Launch, u32) {
-        let (launch, splits) = self.linear(rows, rank, k);
-        let splits = if rows <= ROUTER_MADE_ROWS { splits.min(ROUTER_MADE_SPLITS) } else { splits };
-        let y = if rows <= SKINNY_ROWS { splits } else { launch.grid.1 };
-        (Launch { grid: (launch.grid.0, y), ..launch }, splits)
     }
 
     fn skinny(&self, kernels: [Id; 4], cut: SkinnyCut, most: u32, (n, k): (u32, u32)) -> (Launch, u32) {

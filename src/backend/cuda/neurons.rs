@@ -11,7 +11,7 @@
 
 use super::Cuda;
 use super::device::{Device, start_beside};
-use super::launch::{Launch, MADE_ROWS, SKINNY_ROWS};
+use super::launch::{Launch, MADE_ROWS, ROUTER_MADE_ROWS, ROUTER_MADE_SPLITS, SKINNY_ROWS};
 use super::params::*;
 use super::routers::LayerRouters;
 use super::scratch::{CudaScratch, Pending};
@@ -91,10 +91,9 @@ impl<D: Device> Cuda<D> {
         s.neurons_selected = Some(layer);
         let Some(groups) = Self::choosing(s, step, layer) else { return Ok(None) };
         let (rows, rank) = (s.tables.rows().decode, l.rank as u32);
-        let (b, k) = (s.buffers, s.shape.hidden as u32);
-        let (launch, splits) = s.kernels.router_down(rows, rank, k);
-        let (x, w, out) = (b.h, l.down, b.router_sums);
-        let narrow = LinearParams { x, w, out, rows, n: rank, k, splits, ..Default::default() };
+        let (b, size) = (s.buffers, (rows, rank, s.shape.hidden as u32));
+        let most = if rows <= ROUTER_MADE_ROWS { ROUTER_MADE_SPLITS } else { u32::MAX };
+        let (launch, narrow) = s.kernels.product_in_parts(most, (b.h, l.down), size, b.router_sums);
         self.go(s, &launch, &narrow)?;
         Ok(Some(Routing {
             layer,

@@ -15,16 +15,18 @@ impl Kernels {
         (launch, LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })
     }
 
-    /// The same with the sums in one part.
-    pub(super) fn product_whole(
+    /// The same with the sums in at most so many parts.
+    pub(super) fn product_in_parts(
         &self,
+        most: u32,
         of: (Ptr, Ptr),
         size: (u32, u32, u32),
         out: Ptr,
     ) -> (Launch, LinearParams) {
         let (mut launch, params) = self.product(of, size, out);
-        launch.grid.1 /= params.splits;
-        (launch, LinearParams { splits: 1, ..params })
+        let splits = params.splits.min(most);
+        launch.grid.1 = launch.grid.1 / params.splits * splits;
+        (launch, LinearParams { splits, ..params })
     }
 
     /// The product turned round, for a narrow `w` and many rows of `x`: sums `[w's rows][x's rows]`. For up to

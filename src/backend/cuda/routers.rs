@@ -5,11 +5,10 @@ use super::memory::{Memory, Places, check_room};
 use super::params::{FillParams, Ptr};
 use super::shape::Shape;
 use super::weights::{PIECE, Pair, narrow};
-use crate::dtype::{narrow_i8, scale_i8, widen};
+use crate::dtype::{DType, narrow_i8, scale_i8, widen};
 use crate::error::{Error, Result, try_vec, try_with_capacity};
 use crate::model::ModelSpec;
 use crate::sparsity::router::{AttnUnit, RouterFile, RouterInfo, RouterTensor};
-use crate::tensor::TensorInfo;
 use std::sync::Arc;
 
 /// Routers of one layer; null: none.
@@ -92,14 +91,13 @@ impl<D: Device> CudaRouters<D> {
         let shape = Shape::new(spec, None)?;
         let routers = CudaRouters::empty(device, &shape, file.info())?;
         for (l, r) in routers.layers.iter().enumerate() {
-            let put =
-                |which, at: Ptr, width: usize| router_tensor(&**device, &shape, file, l, which, at, width);
+            let put = |which, at| router_tensor(&**device, shape.dtype, file, l, which, at);
             if r.attn_rows > 0 {
-                put(RouterTensor::AttnWeight, r.attn.weight, shape.hidden)?;
-                put(RouterTensor::AttnBias, r.attn.bias, 1)?;
+                put(RouterTensor::AttnWeight, r.attn.weight)?;
+                put(RouterTensor::AttnBias, r.attn.bias)?;
             }
             if r.rank > 0 {
-                put(RouterTensor::MlpDown, r.down, shape.hidden)?;
+                put(RouterTensor::MlpDown, r.down)?;
                 in_bytes(&**device, file, l, r)?;
             }
         }
@@ -120,20 +118,16 @@ fn place_of(column: usize) -> usize {
 /// The router's second matrix: 8 bits choose the neurons that the stored type chooses, but for near ties (see
 /// `mlp_routers_in_int8_choose_the_same_neurons`), and reading it is most of what the choice costs.
 fn in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRouters) -> Result<()> {
-    let info = tensor(file, layer, RouterTensor::MlpUp)?;
-    let (rows, columns, stride) = (info.shape.dims()[0], info.shape.dims()[1], r.up_stride());
-    let line = columns * info.dtype.size();
-    let step = (PIECE / (4 * stride)).max(1);
-    let mut values = try_vec(columns, 0.0f32, "loading buffer")?;
-    let mut narrow = try_vec(columns, 0u8, "loading buffer")?;
-    for first in (0..rows).step_by(step) {
-        let n = step.min(rows - first);
-        let mut raw = try_vec(n * line, 0u8, "loading buffer")?;
-        file.read(layer, RouterTensor::MlpUp, (first * line) as u64, &mut raw)?;
+    let stride = r.up_stride();
+    each_piece(file, layer, RouterTensor::MlpUp, |first, dtype, columns, raw| {
+        let line = columns * dtype.size();
+        let n = raw.len() / line;
+        let mut values = try_vec(columns, 0.0f32, "loading buffer")?;
+        let mut narrow = try_vec(columns, 0u8, "loading buffer")?;
         let mut bytes = try_vec(n * stride, 0u8, "loading buffer")?;
         let mut scales = try_vec(4 * n, 0u8, "loading buffer")?;
-        for row in 0..n {
-            widen(info.dtype, &raw[row * line..][..line], &mut values);
+        for (row, stored) in raw.chunks_exact(line).enumerate() {
+            widen(dtype, stored, &mut values);
             let scale = scale_i8(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
             narrow_i8(&values, scale, &mut narrow);
             let out = &mut bytes[row * stride..][..stride];
@@ -143,41 +137,44 @@ fn in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRou
             scales[4 * row..][..4].copy_from_slice(&scale.to_le_bytes());
         }
         device.copy_in(r.up.offset((first * stride) as u64), &bytes)?;
-        device.copy_in(r.up_scales.offset(4 * first as u64), &scales)?;
-    }
-    Ok(())
+        device.copy_in(r.up_scales.offset(4 * first as u64), &scales)
+    })
 }
 
-fn tensor(file: &RouterFile, layer: usize, which: RouterTensor) -> Result<TensorInfo> {
-    let missing = || Error::model(format!("router tensor {which:?} of layer {layer} is missing"));
-    file.tensor(layer, which).ok_or_else(missing)
-}
-
+/// A tensor in the model's 16-bit type.
 fn router_tensor<D: Device>(
     device: &D,
-    shape: &Shape,
+    to: DType,
     file: &RouterFile,
     layer: usize,
     which: RouterTensor,
     at: Ptr,
-    width: usize,
 ) -> Result<()> {
-    let info = tensor(file, layer, which)?;
+    each_piece(file, layer, which, |first, dtype, columns, raw| {
+        let mut ready = try_vec(2 * (raw.len() / dtype.size()), 0u8, "loading buffer")?;
+        narrow(dtype, raw, to, &mut ready);
+        device.copy_in(at.offset((2 * first * columns) as u64), &ready)
+    })
+}
+
+/// Reads a tensor some rows at a time: `f` gets the first row, the stored type, the columns and the bytes.
+fn each_piece(
+    file: &RouterFile,
+    layer: usize,
+    which: RouterTensor,
+    mut f: impl FnMut(usize, DType, usize, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let info = file
+        .tensor(layer, which)
+        .ok_or_else(|| Error::model(format!("router tensor {which:?} of layer {layer} is missing")))?;
     let dims = info.shape.dims();
     let (rows, columns) = (dims[0], dims.get(1).copied().unwrap_or(1));
-    let step = (PIECE / (4 * width)).max(1);
+    let line = columns * info.dtype.size();
+    let step = (PIECE / (4 * columns).max(1)).max(1);
     for first in (0..rows).step_by(step) {
-        let n = step.min(rows - first);
-        let mut raw = try_vec(n * columns * info.dtype.size(), 0u8, "loading buffer")?;
-        file.read(layer, which, (first * columns * info.dtype.size()) as u64, &mut raw)?;
-        let mut ready = try_vec(2 * n * columns, 0u8, "loading buffer")?;
-        narrow(info.dtype, &raw, shape.dtype, &mut ready);
-        let mut wide = try_vec(2 * n * width, 0u8, "loading buffer")?;
-        for row in 0..n {
-            wide[2 * row * width..][..2 * columns]
-                .copy_from_slice(&ready[2 * row * columns..][..2 * columns]);
-        }
-        device.copy_in(at.offset((2 * first * width) as u64), &wide)?;
+        let mut raw = try_vec(step.min(rows - first) * line, 0u8, "loading buffer")?;
+        file.read(layer, which, (first * line) as u64, &mut raw)?;
+        f(first, info.dtype, columns, &raw)?;
     }
     Ok(())
 }

@@ -411,7 +411,7 @@ impl<D: Device> Cuda<D> {
             let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
             self.multiply(
                 s,
-                &s.kernels.product_whole((b.last, w.shared.head), (n, vocab, d), b.logits),
+                &s.kernels.product_in_parts(1, (b.last, w.shared.head), (n, vocab, d), b.logits),
                 false,
             )?;
             let (launch, params) = s.sampling.likeliest(b.logits, n);
