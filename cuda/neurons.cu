@@ -31,6 +31,7 @@ constexpr int WARPS = 32;
 // Bits of a key's three digits, high to low: exponent and four bits of the fraction, then the rest.
 constexpr int LOW = 9, MIDDLE = 10;
 constexpr int TOP_BINS = 4096, BINS = 1024;
+constexpr uint32_t MANY = 2048;  // keys of a bin
 
 // Sorts as the scores do, which are never negative; NaN 0, zero 1, infinity 0x7f800001.
 DEVICE uint32_t score_key(float v) { return v > 0 ? bits_of_float(v) + 1 : v == v; }
@@ -130,17 +131,25 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
     Found found = search<TOP_BINS>(top, sums, keep);
     uint32_t prefix = found.digit;
     int shift = MIDDLE + LOW;
-    // Keys whose first digits are `prefix`, by the next one. Few, but for ties: a warp counts its
-    // commonest digit at once.
+    // Keys whose first digits are `prefix`, by the next one. Where they are many they may be ties: then a warp counts
+    // its commonest digit at once.
     auto refine = [&](uint32_t* histogram, int bits) {
-        UNROLL for (uint32_t i = 0; i < rounds; i++) {
-            const bool counted = inside(i) && key(i) >> shift == prefix;
-            const uint32_t waiting = vote(counted);
-            if (!waiting) continue;
-            const uint32_t digit = counted ? key(i) >> (shift - bits) & ((1u << bits) - 1) : 0;
-            const uint32_t common = shuffle(digit, lowest_bit(waiting)), same = vote(counted && digit == common);
-            if (common && lane == (uint32_t)lowest_bit(waiting)) atomic_add(histogram + common, count_bits(same));
-            if (digit && digit != common) atomic_add(histogram + digit, 1);
+        const uint32_t digits = (1u << bits) - 1;
+        if (found.count < MANY) {
+            UNROLL for (uint32_t i = 0; i < rounds; i++) {
+                const uint32_t k = inside(i) ? key(i) : 0, digit = k >> (shift - bits) & digits;
+                if (k >> shift == prefix && digit) atomic_add(histogram + digit, 1);
+            }
+        } else {
+            UNROLL for (uint32_t i = 0; i < rounds; i++) {
+                const bool counted = inside(i) && key(i) >> shift == prefix;
+                const uint32_t waiting = vote(counted);
+                if (!waiting) continue;
+                const uint32_t digit = counted ? key(i) >> (shift - bits) & digits : 0;
+                const uint32_t common = shuffle(digit, lowest_bit(waiting)), same = vote(counted && digit == common);
+                if (common && lane == (uint32_t)lowest_bit(waiting)) atomic_add(histogram + common, count_bits(same));
+                if (digit && digit != common) atomic_add(histogram + digit, 1);
+            }
         }
         sync_block();
         found = search<BINS>(histogram, sums, found.left);
