@@ -19,6 +19,7 @@ const HOT: &[&str] = &[
     "attention_prefill_",
     "linear_skinny_",
     "linear_up_",
+    "linear_wide_",
     "linear_down_",
     "mlp_down_",
     "router_scores_",
@@ -58,6 +59,12 @@ pub(crate) fn kernels() {
         command.arg("cuda/kernels.cu").output().unwrap_or_else(|e| panic!("{}: {e}", nvcc.display()));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "nvcc could not compile the kernels:\n{log}");
+    let serialized = log.lines().find(|line| line.contains("instructions are serialized"));
+    assert!(
+        serialized.is_none(),
+        "a product waits for each of its instructions: {}",
+        serialized.unwrap_or("")
+    );
     let table = figures(&log);
     write_table(&table, &out.with_file_name("kernels.txt"));
     fail_on_spills(&table);
@@ -87,7 +94,7 @@ fn figures(log: &str) -> Table<'_> {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let mut quoted = rest.split('\'');
             (kernel, target) = (quoted.next().unwrap_or(""), quoted.nth(1).unwrap_or(""));
-        } else if line.contains(" spill stores") || line.contains(" registers") {
+        } else if line.contains(" spill stores") || line.contains(": Used ") {
             let figures = table.entry(kernel).or_default().entry(target).or_default();
             let words: Vec<&str> = line.split_whitespace().collect();
             // A number stands before `registers,`, `bytes smem,` and `bytes spill stores,`.

@@ -4,6 +4,7 @@
 #include "linear_skinny.cu"
 #include "router_bytes.cu"
 #include "linear_down.cu"
+#include "linear_wide.cu"
 #include "linear_tile.cu"
 #include "rows.cu"
 #include "select.cu"

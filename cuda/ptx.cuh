@@ -172,6 +172,63 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)));
 }
 
+// ---- products by a warpgroup ------------------------------------------------------------------
+
+// c += a b over 16 of 64 k, a 64 long and b 8 NT long: by four warps together, the operands out of shared memory, where
+// all reading happens between the call and matrix_wait(). An operand is a tile of lines of 128 bytes, 1024-byte aligned,
+// piece p of 16 bytes of line r at p ^ (r % 8): of b a line is 64 k of one place; of a the same, or, with K_LINES, 64
+// places of one k. Lane 4 g + t of warp w holds in c[n] what mma's c has of rows 16 w + .. and columns 8 n + ..
+// Compute capability 9.0 only: other builds have a trap here, and launches ask first (`Device::warpgroups`).
+//
+// Each thread: matrix_publish() behind its writes to a tile and before the barrier ahead of its use; then
+// matrix_begin(), products, matrix_end(); matrix_wait() before c is read or a tile written again.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+DEVICE void matrix_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void matrix_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void matrix_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void matrix_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// A tile for the instruction: 128-byte swizzle, eight lines every 1024 bytes.
+DEVICE uint64_t matrix_tile(const void* p) {
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+#define FOUR(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define MATRIX(type, name, nt, columns, list, a, b, k_lines, ...)                                                     \
+    template <> __device__ __forceinline__ void matrix_multiply<type, k_lines, nt>(float (&c)[nt][4], const void* left, \
+                                                                                const void* right, int k16) {          \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #name "." #name " {" list                 \
+                     "}, %" #a ", %" #b ", 1, 1, 1, " #k_lines ", 0;"                                                  \
+                     : __VA_ARGS__                                                                                     \
+                     : "l"(matrix_tile(left) + (k_lines ? 128 : 2) * k16), "l"(matrix_tile(right) + 2 * k16));         \
+    }
+#define MATRIX_SIZES(type, name, k_lines)                                                                              \
+    MATRIX(type, name, 1, 8, "%0,%1,%2,%3", 4, 5, k_lines, FOUR(0))                                                    \
+    MATRIX(type, name, 2, 16, "%0,%1,%2,%3,%4,%5,%6,%7", 8, 9, k_lines, FOUR(0), FOUR(1))                              \
+    MATRIX(type, name, 4, 32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", 16, 17, k_lines, FOUR(0),       \
+           FOUR(1), FOUR(2), FOUR(3))                                                                                  \
+    MATRIX(type, name, 8, 64,                                                                                          \
+           "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                    \
+           "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", 32, 33, k_lines, FOUR(0), FOUR(1),       \
+           FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7))
+template <class T, int K_LINES, int NT>
+DEVICE void matrix_multiply(float (&c)[NT][4], const void* a, const void* b, int k16);
+MATRIX_SIZES(bf16, bf16, 0)
+MATRIX_SIZES(bf16, bf16, 1)
+MATRIX_SIZES(f16, f16, 0)
+MATRIX_SIZES(f16, f16, 1)
+#undef MATRIX_SIZES
+#undef MATRIX
+#undef FOUR
+#else
+DEVICE void matrix_publish() {}
+DEVICE void matrix_begin() {}
+DEVICE void matrix_end() {}
+DEVICE void matrix_wait() {}
+template <class T, int K_LINES, int NT> DEVICE void matrix_multiply(float (&)[NT][4], const void*, const void*, int) {
+    asm volatile("trap;");
+}
+#endif
+
 // ---- copies from global to shared memory -------------------------------------------------------
 
 // One thread's 16 (8) bytes, zeros when not valid; both addresses aligned. Done after copy_wait.

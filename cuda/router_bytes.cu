@@ -142,8 +142,8 @@ template <class T, int MT, int NT, int DEPTH, class Z> DEVICE void run(const Rou
         router_bytes::run<type, mt, nt, depth, router_bytes::Given<type, nt, depth>>(p);              \
     }
 #define ROUTER_BYTES_TYPE(type)                                                         \
-    ROUTER_BYTES(type, 1, 1, 4)                                                         \
-    ROUTER_BYTES(type, 1, 2, 4)                                                         \
+    ROUTER_BYTES(type, 1, 1, 6)                                                         \
+    ROUTER_BYTES(type, 1, 2, 6)                                                         \
     ROUTER_BYTES(type, 1, 4, 4)                                                         \
     ROUTER_BYTES(type, 2, 8, 3)                                                         \
     KERNEL(128, 2) router_scores_made_##type(const GRID_CONSTANT RouterParams p) {      \

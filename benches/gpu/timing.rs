@@ -178,8 +178,10 @@ impl Gpu {
     }
 
     pub(crate) fn kernels(&self, head_dim: u32, group: u32) -> Kernels {
-        Kernels::new(T, head_dim, group, self.device.multiprocessors(), self.device.shared_per_block())
+        let device = &self.device;
+        Kernels::new(T, head_dim, group, device.multiprocessors(), device.shared_per_block())
             .unwrap()
+            .with_warpgroups(device.warpgroups())
     }
 
     /// Zeroed memory.

@@ -18,6 +18,14 @@ struct Copy {
     void* from;   // the code that asked for it
 };
 
+// Of a warpgroup's product, a thread's share.
+struct Product {
+    void (*add)(float* c, const void* a, const void* b, int k16);
+    float* c;
+    const void *a, *b;
+    int k16;
+};
+
 struct Warp {
     int arrived = 0;
     uint64_t generation = 0;
@@ -30,6 +38,7 @@ struct Thread {
     const unsigned char* stack = nullptr;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;                 // not yet committed
+    std::vector<Product> products;          // begun
 };
 
 struct Grid {
@@ -68,6 +77,8 @@ void fence();
 void copy_issue(void* target, const void* source, uint32_t bytes, bool valid);
 void copy_commit();
 void copy_wait(size_t left);
+void product_issue(const Product& product);
+void product_wait();
 void tile_init(uint64_t* state);
 void tile_load(void* target, const void* source, uint32_t bytes, uint64_t* state);
 void tile_wait(uint64_t* state, uint32_t parity);

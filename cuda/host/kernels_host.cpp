@@ -26,6 +26,8 @@ const Named kernels[] = {
     ONE(attention_prefill_bf16_256, PrefillParams) ONE(attention_prefill_f16_256, PrefillParams)
     SIZES(attention_prefill_small, PrefillParams)
     ROWS(linear_skinny, LinearParams)
+    ROWS(linear_wide, LinearParams)
+    ROWS(linear_wide_down, LinearParams)
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
     BOTH(mlp_down, DownParams)

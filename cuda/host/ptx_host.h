@@ -167,6 +167,33 @@ template <bool TRANSPOSED> void host_load_matrices(uint32_t (&out)[4], const voi
 DEVICE void load_matrices(uint32_t (&out)[4], const void* row) { host_load_matrices<false>(out, row); }
 DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) { host_load_matrices<true>(out, row); }
 
+// The product happens when it is waited for, the last moment at which hardware may read.
+DEVICE void matrix_publish() {}
+DEVICE void matrix_begin() {}
+DEVICE void matrix_end() {}
+DEVICE void matrix_wait() { host::product_wait(); }
+template <class T> float tile_element(const void* tile, int line, int place) {
+    T v;
+    memcpy(&v, (const char*)tile + line * 128 + (place / 8 ^ line % 8) * 16 + place % 8 * 2, 2);
+    return to_float(v);
+}
+template <class T, int K_LINES, int NT> void add_product(float* c, const void* a, const void* b, int k16) {
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    for (int n = 0; n < NT; n++) {
+        for (int i = 0; i < 4; i++) {
+            const int row = warp_index() % 4 * 16 + g + 8 * (i / 2), column = 8 * n + 2 * t + i % 2;
+            float sum = 0;
+            for (int k = 16 * k16; k < 16 * k16 + 16; k++)
+                sum += tile_element<T>(a, K_LINES ? k : row, K_LINES ? row : k) * tile_element<T>(b, column, k);
+            c[4 * n + i] += sum;
+        }
+    }
+}
+template <class T, int K_LINES, int NT> void matrix_multiply(float (&c)[NT][4], const void* a, const void* b, int k16) {
+    if ((uintptr_t)a % 1024 || (uintptr_t)b % 1024) __builtin_trap();  // misaligned
+    host::product_issue({add_product<T, K_LINES, NT>, c[0], a, b, k16});
+}
+
 DEVICE void copy_async16(void* target, const void* source, bool valid) { host::copy_issue(target, source, 16, valid); }
 DEVICE void copy_async8(void* target, const void* source, bool valid) { host::copy_issue(target, source, 8, valid); }
 DEVICE void copy_commit() { host::copy_commit(); }

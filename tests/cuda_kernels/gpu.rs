@@ -28,6 +28,9 @@ impl Device for Shared {
     fn shared_per_block(&self) -> u32 {
         self.0.shared_per_block()
     }
+    fn warpgroups(&self) -> bool {
+        self.0.warpgroups()
+    }
     fn free_memory(&self) -> Result<u64> {
         self.0.free_memory()
     }

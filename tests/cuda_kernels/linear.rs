@@ -27,7 +27,21 @@ struct Case {
 
 const PLAIN: Case = Case { dtype: DType::BF16, layout: Layout::Rows, rows: 0, n: 0, k: 0, stored: None };
 
+/// By the kernels of every GPU, and by those of compute capability 9.0.
+fn ways(bench: &Bench) -> impl Iterator<Item = bool> {
+    let newest = bench.device.warpgroups();
+    [false, true].into_iter().filter(move |wide| !wide || newest)
+}
+
+fn in_both_ways(case: impl Fn(&Bench, bool) -> Vec<u8>) {
+    orders(|bench| ways(bench).flat_map(|wide| case(bench, wide)).collect::<Vec<u8>>());
+}
+
 fn product(bench: &Bench, c: &Case) -> Vec<u8> {
+    ways(bench).flat_map(|wide| product_by(bench, c, wide)).collect()
+}
+
+fn product_by(bench: &Bench, c: &Case, wide: bool) -> Vec<u8> {
     let mut rng = Rng((c.rows * 7 + c.n * 3 + c.k) as u64);
     let x = rng.vector(c.rows * c.k, 1.0, c.dtype);
     let picked = if c.layout == Layout::Rows { c.n } else { c.k };
@@ -47,7 +61,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
         let values = rng.vector(width, 0.1, c.dtype);
         w[row * width..(row + 1) * width].copy_from_slice(&values);
     }
-    let k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
+    let k = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap().with_warpgroups(wide);
     let (rows, n, kk) = (c.rows as u32, c.n as u32, c.k as u32);
     let (launch, splits) = match (c.layout, c.stored) {
         (Layout::Rows, None) => k.linear(rows, n, kk),
@@ -115,7 +129,8 @@ pub fn skinny_products_of_listed_rows() {
     for (rows, n) in [(1, 8), (2, 72), (33, 128)] {
         orders(|b| {
             let c = Case { dtype: DType::BF16, layout: Layout::Rows, rows, n, k: 96, stored: Some(300) };
-            assert!(product(b, &c).len() == 4 * rows * n);
+            assert!(product_by(b, &c, false).len() == 4 * rows * n);
+            product(b, &c);
             product(b, &Case { k: 648, ..c })
         });
     }
@@ -316,9 +331,9 @@ pub fn router_products_leave_scores() {
 #[test]
 fn skinny_products_of_two_matrices_are_those_of_one() {
     const T: DType = DType::BF16;
-    let k = Kernels::new(T, 64, 1, 5, 227 * 1024).unwrap();
     for (rows, n, first) in [(1u32, 72u32, 64u32), (9, 70, 65), (33, 200, 1), (3, 12, 8), (64, 136, 135)] {
-        orders(|bench| {
+        in_both_ways(|bench, wide| {
+            let k = Kernels::new(T, 64, 1, 5, 227 * 1024).unwrap().with_warpgroups(wide);
             let (mut rng, kk) = (Rng(u64::from(n)), 264u32);
             let x = bench.half(&rng.vector((rows * kk) as usize, 1.0, T), T);
             let w = rng.vector((n * kk) as usize, 0.1, T);
@@ -344,9 +359,9 @@ fn skinny_products_of_two_matrices_are_those_of_one() {
 /// read early, which fails while that memory is marked as being written.
 #[test]
 fn a_matrix_that_comes_late_is_waited_for() {
-    let k = Kernels::new(DType::BF16, 64, 1, 5, 227 * 1024).unwrap();
     for (rows, n, kk) in [(8u32, 70u32, 264u32), (32, 130, 72), (64, 65, 520)] {
-        orders(|bench| {
+        in_both_ways(|bench, wide| {
+            let k = Kernels::new(DType::BF16, 64, 1, 5, 227 * 1024).unwrap().with_warpgroups(wide);
             let mut rng = Rng(u64::from(n));
             let x = bench.half(&rng.vector((rows * kk) as usize, 1.0, DType::BF16), DType::BF16);
             let w = bench.half(&rng.vector((n * kk) as usize, 0.1, DType::BF16), DType::BF16);

@@ -12,7 +12,8 @@ use polar_sparsity::dtype::DType;
 const T: DType = DType::BF16;
 
 pub fn ops(bench: &Bench) -> Ops {
-    Ops::new(bench.device.multiprocessors(), bench.device.shared_per_block()).unwrap()
+    let device = &bench.device;
+    Ops::new(device.multiprocessors(), device.shared_per_block(), device.warpgroups()).unwrap()
 }
 
 pub fn workspace(bench: &Bench, bytes: u64) -> Workspace {

@@ -106,6 +106,9 @@ impl Device for Faulty {
     fn shared_per_block(&self) -> u32 {
         self.inner.shared_per_block()
     }
+    fn warpgroups(&self) -> bool {
+        self.inner.warpgroups()
+    }
     fn free_memory(&self) -> Result<u64> {
         self.inner.free_memory()
     }

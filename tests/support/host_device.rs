@@ -239,6 +239,8 @@ pub struct Host {
     /// Whether kernels run with the race detector.
     pub races: AtomicBool,
     pub multiprocessors: u32,
+    /// Whether it has the kernels of compute capability 9.0.
+    pub warpgroups: bool,
     /// Bytes that `free_memory` speaks of before anything is taken.
     pub capacity: AtomicU64,
     /// Bytes taken now.
@@ -268,6 +270,7 @@ impl Host {
             seed: AtomicU32::new(0),
             races: AtomicBool::new(false),
             multiprocessors: 3,
+            warpgroups: true,
             capacity: AtomicU64::new(1 << 30),
             taken: AtomicU64::new(0),
             late: Late::default(),
@@ -370,6 +373,9 @@ impl Device for Host {
     }
     fn shared_per_block(&self) -> u32 {
         227 * 1024
+    }
+    fn warpgroups(&self) -> bool {
+        self.warpgroups
     }
     fn free_memory(&self) -> Result<u64> {
         Ok(self.capacity.load(Ordering::Relaxed).saturating_sub(self.taken.load(Ordering::Relaxed)))

@@ -1,6 +1,6 @@
 //! How the products of a decode step cut their work into blocks.
 
-use super::launch::{Id, Launch};
+use super::launch::{Id, Launch, MAX_DOWN_SPLITS};
 
 /// Most blocks of a skinny product on a multiprocessor.
 pub(super) const MOST_SKINNY: u32 = 4;
@@ -70,7 +70,7 @@ impl SkinnyCut {
     pub(super) fn bytes(rows: u32) -> SkinnyCut {
         let cut = SkinnyCut::new(rows, SkinnyCut::DEPTH);
         let (nt, mt) = (1u32 << cut.variant, cut.neurons / 64);
-        let depth = if mt > 1 { 3 } else { 4 };
+        let depth = [6, 6, 4, 3][cut.variant]; // as `router_bytes.cu` has it
         SkinnyCut { shared: depth * (4 * mt * 2048 + nt * 8 * (128 * 2 + 64)), ..cut }
     }
 
@@ -82,6 +82,45 @@ impl SkinnyCut {
 
     pub(super) fn launch(&self) -> Launch {
         Launch { kernel: Id(0), grid: (1, 1), threads: 128, shared: self.shared }
+    }
+}
+
+/// How the products by warpgroups cut their work, see `linear_wide.cu`.
+pub(super) struct WideCut {
+    /// By rows.
+    pub(super) variant: usize,
+    /// Blocks of columns, and parts of k.
+    pub(super) grid: (u32, u32),
+    /// Bytes of a block.
+    pub(super) shared: u32,
+}
+
+impl WideCut {
+    /// Columns of a block, k of a step.
+    const COLUMNS: u32 = 128;
+    const STEP: u32 = 64;
+    /// Blocks a multiprocessor, and bytes of each.
+    const PER_SM: u32 = 2;
+    const ROOM: u32 = 113 << 10;
+    /// Stages by variant, of matrices stored `[n, k]` and `[k, n]`.
+    const DEPTH: [[u32; 4]; 2] = [[6, 6, 5, 4], [6, 5, 5, 4]];
+
+    /// `k_lines`: the matrix is stored `[k, n]`, and may have a list of rows. None where that would take too much room.
+    pub(super) fn new(rows: u32, n: u32, k: u32, k_lines: bool, multiprocessors: u32) -> Option<WideCut> {
+        let variant = SkinnyCut::new(rows, SkinnyCut::DEPTH).variant;
+        let (tiles, steps) = (n.div_ceil(Self::COLUMNS), k.div_ceil(Self::STEP));
+        let stage = (Self::COLUMNS + (8 << variant)) * 2 * Self::STEP;
+        let stages = Self::DEPTH[usize::from(k_lines)][variant] * stage;
+        let most = (steps / 4).min(MAX_DOWN_SPLITS);
+        let mut parts = splits(tiles, Self::PER_SM * multiprocessors, steps, most);
+        let mut list = 0;
+        if k_lines {
+            // A word for each row of a block.
+            parts = parts.max((4 * Self::STEP * steps).div_ceil(Self::ROOM - stages));
+            list = 4 * Self::STEP * steps.div_ceil(parts);
+        }
+        let fits = parts <= MAX_DOWN_SPLITS && stages + list <= Self::ROOM;
+        fits.then_some(WideCut { variant, grid: (tiles, parts), shared: stages + list })
     }
 }
 
@@ -105,6 +144,24 @@ pub(super) fn splits(tiles: u32, slots: u32, steps: u32, most: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn products_by_warpgroups_fit_twice_a_multiprocessor_or_are_left_to_others() {
+        for rows in [1, 8, 9, 16, 17, 32, 33, 64] {
+            for (n, k) in
+                [(8, 8), (4096, 1632), (12_288, 4096), (4096, 16_384), (7168, 28_672), (128, 32_768)]
+            {
+                for k_lines in [false, true] {
+                    let cut = WideCut::new(rows, n, k, k_lines, 132).unwrap();
+                    assert!(2 * (cut.shared + 1024) <= 228 << 10, "{rows} rows, {n} x {k}: {}", cut.shared);
+                    assert!(cut.grid.1 <= MAX_DOWN_SPLITS && cut.grid.0 * 128 >= n);
+                }
+            }
+            // A list of more rows than 16 parts have room for.
+            assert!(WideCut::new(rows, 4096, 400_000, true, 132).is_none());
+            assert!(WideCut::new(rows, 4096, 400_000, false, 132).is_some());
+        }
+    }
 
     #[test]
     fn few_sequences_have_even_workers_on_a_large_gpu() {

@@ -16,6 +16,8 @@ pub trait Device: Send + Sync + 'static {
     fn multiprocessors(&self) -> u32;
     /// Shared memory one block may use, bytes.
     fn shared_per_block(&self) -> u32;
+    /// Whether it runs the kernels of compute capability 9.0 (`cuda/linear_wide.cu`).
+    fn warpgroups(&self) -> bool;
     /// Free device memory, bytes.
     fn free_memory(&self) -> Result<u64>;
 
@@ -114,6 +116,7 @@ forward! {
     fn name(&self) -> String;
     fn multiprocessors(&self) -> u32;
     fn shared_per_block(&self) -> u32;
+    fn warpgroups(&self) -> bool;
     fn free_memory(&self) -> Result<u64>;
     fn alloc(&self, bytes: u64) -> Result<Ptr>;
     fn free(&self, at: Ptr);

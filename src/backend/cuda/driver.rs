@@ -9,7 +9,7 @@ use super::device::Device;
 use super::launch::Launch;
 pub use super::library::Choice;
 use super::library::{Contest, Library, WORKSPACE, Work};
-use super::module::{Module, missing_kernels};
+use super::module::{Module, has_warpgroups, missing_kernels};
 use super::params::{LinearParams, Ptr};
 pub use super::probe::{Found, count, describe};
 use super::probe::{check, with_driver};
@@ -43,6 +43,7 @@ pub struct Driver {
     module: Option<Module>,
     name: String,
     multiprocessors: u32,
+    warpgroups: bool,
     shared_per_block: u32,
     library: Option<Library>,
     workspace: u64,
@@ -95,6 +96,7 @@ impl Driver {
             module: None,
             name: String::new(),
             multiprocessors: 0,
+            warpgroups: false,
             shared_per_block: 0,
             library: None,
             workspace: 0,
@@ -111,9 +113,11 @@ impl Driver {
             use sys::CUdevice_attribute as A;
             let major = driver.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = driver.attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            if let Some(why) = missing_kernels((10 * major + minor) as u32) {
+            let capability = (10 * major + minor) as u32;
+            if let Some(why) = missing_kernels(capability) {
                 return Err(Error::unsupported(format!("{}: {why}", driver.name)));
             }
+            driver.warpgroups = has_warpgroups(capability);
             driver.multiprocessors = driver.attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
             driver.shared_per_block =
                 driver.attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
@@ -246,6 +250,10 @@ impl Device for Driver {
 
     fn shared_per_block(&self) -> u32 {
         self.shared_per_block
+    }
+
+    fn warpgroups(&self) -> bool {
+        self.warpgroups
     }
 
     fn free_memory(&self) -> Result<u64> {

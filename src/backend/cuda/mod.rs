@@ -158,7 +158,7 @@ impl<D: Device> Backend for Cuda<D> {
         limits: Option<&Limits>,
     ) -> Result<Footprint> {
         let shape = Shape::new(spec, options.dtype)?;
-        let kernels = shape.kernels(self.device.multiprocessors(), self.device.shared_per_block())?;
+        let kernels = shape.kernels(&*self.device)?;
         let (layers, routers) = match routers {
             Some(file) => routers::router_places(&shape, file.info(), Ptr::NULL)?,
             None => (Vec::new(), 0),

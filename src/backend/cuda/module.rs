@@ -31,6 +31,11 @@ pub(super) fn missing_kernels(capability: u32) -> Option<String> {
     missing.then(|| format!("{shown}, this build has kernels for {ARCHS}"))
 }
 
+/// Whether a GPU of this compute capability runs code of this build that is for 9.0 alone.
+pub(super) fn has_warpgroups(capability: u32) -> bool {
+    capability == 90 && ARCHS.split_whitespace().any(|arch| arch == "90a")
+}
+
 fn runs_on(archs: &str, capability: u32) -> bool {
     archs.split_whitespace().any(|arch| {
         let number = |text: &str| text.parse().unwrap_or(u32::MAX);

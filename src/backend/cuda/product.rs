@@ -1,9 +1,28 @@
 //! A dense product by our own kernel: its launch, its parameters, and where its sums lie.
 
+use super::cut::WideCut;
 use super::launch::{Kernels, Launch};
 use super::params::{LinearParams, Partial, Ptr};
 
 impl Kernels {
+    /// For a GPU that has the products by warpgroups ([`Device::warpgroups`](super::device::Device::warpgroups)), or
+    /// has not, as [`Kernels::new`] says.
+    pub fn with_warpgroups(mut self, has: bool) -> Kernels {
+        self.warpgroups = has;
+        self
+    }
+
+    /// A product of up to [`SKINNY_ROWS`](super::launch::SKINNY_ROWS) rows by warpgroups, where they can; `k_lines`: the
+    /// matrix is stored `[k, n]`.
+    pub(super) fn by_warpgroups(&self, k_lines: bool, rows: u32, n: u32, k: u32) -> Option<(Launch, u32)> {
+        let cut = self.warpgroups.then(|| WideCut::new(rows, n, k, k_lines, self.multiprocessors))?;
+        let WideCut { variant, grid, shared } = cut?;
+        Some((
+            Launch { kernel: self.wide[usize::from(k_lines)][variant], grid, threads: 256, shared },
+            grid.1,
+        ))
+    }
+
     /// `x` times a matrix stored `[n, k]`, sums to `out`.
     pub(super) fn product(
         &self,

@@ -80,7 +80,7 @@ impl<D: Device> CudaRouters<D> {
     pub fn random(device: &Arc<D>, spec: &ModelSpec, info: &RouterInfo) -> Result<CudaRouters<D>> {
         let shape = Shape::new(spec, None)?;
         let routers = CudaRouters::empty(device, &shape, info)?;
-        let kernels = shape.kernels(device.multiprocessors(), device.shared_per_block())?;
+        let kernels = shape.kernels(&**device)?;
         let fill =
             FillParams { at: routers.memory.at, count: routers.bytes / 2, seed: 2, scale: 0.03, offset: 0.0 };
         start(&**device, &kernels.fill(shape.dtype)?, &fill)?;

@@ -2,6 +2,7 @@
 //! dimensions that are zero everywhere (weights, so q, k and v), neurons to a multiple of 8; neither
 //! changes a result.
 
+use super::device::Device;
 use super::launch::Kernels;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -77,9 +78,11 @@ impl Shape {
     }
 
     /// Kernels for this shape on a device.
-    pub(super) fn kernels(&self, multiprocessors: u32, shared_per_block: u32) -> Result<Kernels> {
+    pub(super) fn kernels<D: Device>(&self, device: &D) -> Result<Kernels> {
         let group = (self.heads / self.kv_heads.max(1)) as u32;
-        Kernels::new(self.dtype, self.hd as u32, group, multiprocessors, shared_per_block)
+        let (multiprocessors, shared) = (device.multiprocessors(), device.shared_per_block());
+        Ok(Kernels::new(self.dtype, self.hd as u32, group, multiprocessors, shared)?
+            .with_warpgroups(device.warpgroups()))
     }
 
     /// Width of q, k and v together.

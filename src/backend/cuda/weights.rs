@@ -104,7 +104,7 @@ pub(super) fn bytes(spec: &ModelSpec, shape: &Shape) -> Result<u64> {
 impl<D: Device> CudaWeights<D> {
     fn empty(device: &Arc<D>, spec: &ModelSpec, dtype: Option<DType>) -> Result<CudaWeights<D>> {
         let shape = Shape::new(spec, dtype)?;
-        let kernels = shape.kernels(device.multiprocessors(), device.shared_per_block())?;
+        let kernels = shape.kernels(&**device)?;
         let bytes = bytes(spec, &shape)?;
         check_room(&**device, "weights", bytes + staging_bytes(&shape))?;
         let memory = Memory::zeroed(device, bytes)?;

@@ -3,7 +3,7 @@
 
 use super::{Launcher, Ops};
 use crate::backend::cuda::launch::Launch;
-use crate::backend::cuda::module::{Module, missing_kernels};
+use crate::backend::cuda::module::{Module, has_warpgroups, missing_kernels};
 use crate::backend::cuda::probe::{check, count, with_driver};
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUdevice_attribute as A};
@@ -66,7 +66,7 @@ impl HostContext {
         }
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_per_block = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let ops = Ops::new(multiprocessors, shared_per_block)?;
+        let ops = Ops::new(multiprocessors, shared_per_block, has_warpgroups(10 * major + minor))?;
         let module = Module::load(&name, shared_per_block, major >= 9)?;
         Ok(HostContext { context, module, ops })
     }

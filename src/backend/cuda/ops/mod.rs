@@ -42,14 +42,15 @@ pub struct Ops {
 }
 
 impl Ops {
-    /// For a GPU with so many multiprocessors and so much shared memory for a block.
-    pub fn new(multiprocessors: u32, shared_per_block: u32) -> Result<Ops> {
+    /// For a GPU with so many multiprocessors and so much shared memory for a block; whether it has products by
+    /// warpgroups.
+    pub fn new(multiprocessors: u32, shared_per_block: u32, warpgroups: bool) -> Result<Ops> {
         let mut kernels = try_with_capacity(DTYPES.len() * HEAD_DIMS.len() * GROUPS as usize, "kernels")?;
         for dtype in DTYPES {
             for head_dim in HEAD_DIMS {
                 for group in 1..=GROUPS {
-                    kernels
-                        .push(Kernels::new(dtype, head_dim, group, multiprocessors, shared_per_block).ok());
+                    let found = Kernels::new(dtype, head_dim, group, multiprocessors, shared_per_block);
+                    kernels.push(found.ok().map(|k| k.with_warpgroups(warpgroups)));
                 }
             }
         }
