@@ -328,6 +328,44 @@ fn sparse_attention_of_many_sequences() {
     }
 }
 
+/// GPUs before and after compute capability 9.0 have other products.
+#[test]
+fn a_gpu_without_warpgroups_computes_the_same() {
+    let g = Golden::open("opt_f32");
+    let file = g.routers();
+    let options = Options { mlp_dense_above: 1.0, ..Options::default() };
+    let setup = Setup { routers: Some(&file), options, ..Setup::default() };
+    let make = |warpgroups| {
+        let mut device = host_device::Host::new();
+        device.warpgroups = warpgroups;
+        Rig::on(Cuda::new(Arc::new(AnyDevice(Box::new(device))), true), &g.model, &setup)
+    };
+    let (mut with, mut without) = (make(true), make(false));
+    let settings = [DENSE, SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Reference }];
+    for setting in settings {
+        for p in 0..2 {
+            let mut tokens = g.tokens(p, "tokens");
+            let n = tokens.len();
+            tokens.extend(g.tokens(p, "forced"));
+            for rig in [&mut with, &mut without] {
+                let id = rig.add(&tokens, setting);
+                rig.run(&[(id, n, false)]);
+            }
+        }
+    }
+    for pair in [[0, 1], [2, 3]] {
+        let step = pair.map(|id| (id, 1, true));
+        for _ in 0..3 {
+            let (a, b) = (with.run(&step), without.run(&step));
+            assert_eq!(with.report.counts, without.report.counts);
+            for (a, b) in a.iter().zip(&b) {
+                let d = distance(b, a);
+                assert!(d <= 1e-2, "{pair:?}: {d:.2e}");
+            }
+        }
+    }
+}
+
 #[test]
 fn random_attention_follows_the_cpu() {
     sparse("llama31_f32", 0.5, [MlpMode::Dense; 3], Source::Random { seed: 5 });

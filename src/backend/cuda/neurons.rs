@@ -11,7 +11,7 @@
 
 use super::Cuda;
 use super::device::{Device, start_beside};
-use super::launch::{Launch, MADE_ROWS, ROUTER_MADE_ROWS, ROUTER_MADE_SPLITS, SKINNY_ROWS};
+use super::launch::{Launch, ROUTER_MADE_ROWS, ROUTER_MADE_SPLITS, SKINNY_ROWS};
 use super::params::*;
 use super::routers::LayerRouters;
 use super::scratch::{CudaScratch, Pending};
@@ -196,7 +196,7 @@ impl<D: Device> Cuda<D> {
         let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
         self.go(s, &launch, &up)?;
         let input = up.sums();
-        let sum = if rows <= MADE_ROWS && s.kernels.tuning.made {
+        let sum = if s.kernels.makes_input(rows) {
             let (launch, splits) = s.kernels.mlp_down(d, n);
             let params = DownParams {
                 up: input,

@@ -4,7 +4,7 @@ use super::{
     Launcher, MAX_ROWS, MAX_WIDTH, Operator, Ops, Queue, Workspace, count, optional, pointer, sum_floats,
     width,
 };
-use crate::backend::cuda::launch::{Kernels, Launch, MADE_ROWS, SKINNY_ROWS};
+use crate::backend::cuda::launch::{Kernels, Launch, SKINNY_ROWS};
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{
     ActivateParams, DownParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr, RouterParams,
@@ -162,7 +162,7 @@ impl Operator for Mlp {
         let run = self.run();
         let first = sum_floats(self.first(k).1, self.rows, run);
         let second = sum_floats(self.second(k).1, self.rows, self.hidden);
-        let y = if self.made() { 0 } else { self.rows as usize * run as usize };
+        let y = if self.made(k) { 0 } else { self.rows as usize * run as usize };
         MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
     }
 
@@ -184,14 +184,14 @@ impl Mlp {
     }
 
     /// Whether the second product makes its own input from the first one's sums.
-    fn made(&self) -> bool {
-        self.index != Ptr::NULL && self.rows <= MADE_ROWS
+    fn made(&self, k: &Kernels) -> bool {
+        self.index != Ptr::NULL && k.makes_input(self.rows)
     }
 
     /// The second product's launch and parts.
     fn second(&self, k: &Kernels) -> (Launch, u32) {
         let (n, run) = (self.hidden, self.run());
-        if self.made() { k.mlp_down(n, run) } else { k.linear_transposed(self.rows, n, run) }
+        if self.made(k) { k.mlp_down(n, run) } else { k.linear_transposed(self.rows, n, run) }
     }
 }
 
@@ -297,7 +297,7 @@ impl Ops {
         queue.go(&launch, &up)?;
         let first = Partial { data: l.sums, splits, columns: run };
         let (launch, splits) = op.second(k);
-        if op.made() {
+        if op.made(k) {
             let down = DownParams {
                 up: first,
                 up_bias: op.up_bias,
