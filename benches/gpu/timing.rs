@@ -178,10 +178,7 @@ impl Gpu {
     }
 
     pub(crate) fn kernels(&self, head_dim: u32, group: u32) -> Kernels {
-        let device = &self.device;
-        Kernels::new(T, head_dim, group, device.multiprocessors(), device.shared_per_block())
-            .unwrap()
-            .with_warpgroups(device.warpgroups())
+        Kernels::for_device(T, head_dim, group, &*self.device).unwrap()
     }
 
     /// Zeroed memory.

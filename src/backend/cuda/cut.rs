@@ -41,6 +41,16 @@ impl DownCut {
     pub(super) const FEW_ROWS: DownCut = DownCut { row_tiles: 1, column_warps: 2, per_sm: 2, depth: 3 };
 }
 
+/// Which of a product's kernels takes so many rows: up to 8, 16, 32 or 64.
+fn variant(rows: u32) -> usize {
+    match rows {
+        0..=8 => 0,
+        9..=16 => 1,
+        17..=32 => 2,
+        _ => 3,
+    }
+}
+
 /// How the skinny products cut their work: by rows, see `linear_skinny.cu`.
 pub(super) struct SkinnyCut {
     pub(super) variant: usize,
@@ -54,12 +64,7 @@ impl SkinnyCut {
     pub(super) const READY_DEPTH: u32 = 5;
 
     pub(super) fn new(rows: u32, depth: u32) -> SkinnyCut {
-        let variant = match rows {
-            0..=8 => 0,
-            9..=16 => 1,
-            17..=32 => 2,
-            _ => 3,
-        };
+        let variant = variant(rows);
         let (nt, mt) = (1u32 << variant, if variant == 3 { 2 } else { 1 });
         let (depth, buffers) = if mt > 1 { (3, 2) } else { (depth, 3) };
         let shared = 4 * depth * mt * 2048 + buffers * nt * 8 * (128 * 2 + 64);
@@ -107,7 +112,7 @@ impl WideCut {
 
     /// `k_lines`: the matrix is stored `[k, n]`, and may have a list of rows. None where that would take too much room.
     pub(super) fn new(rows: u32, n: u32, k: u32, k_lines: bool, multiprocessors: u32) -> Option<WideCut> {
-        let variant = SkinnyCut::new(rows, SkinnyCut::DEPTH).variant;
+        let variant = variant(rows);
         let (tiles, steps) = (n.div_ceil(Self::COLUMNS), k.div_ceil(Self::STEP));
         let stage = (Self::COLUMNS + (8 << variant)) * 2 * Self::STEP;
         let stages = Self::DEPTH[usize::from(k_lines)][variant] * stage;

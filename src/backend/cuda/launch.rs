@@ -23,7 +23,7 @@ pub struct Launch {
 }
 
 macro_rules! names {
-    ($($name:literal)*) => {
+    ($($name:literal)*; by rows: $($sized:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
             "neuron_scores", "select_neurons", "select_neurons_large", "attention_plan", "zero_heads", "mark_rows", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
@@ -43,30 +43,19 @@ macro_rules! names {
             "attention_prefill_small_bf16_96", "attention_prefill_small_bf16_128",
             "attention_prefill_small_f16_64", "attention_prefill_small_f16_80",
             "attention_prefill_small_f16_96", "attention_prefill_small_f16_128",
-            "linear_skinny_bf16_1", "linear_skinny_bf16_2", "linear_skinny_bf16_4", "linear_skinny_bf16_8",
-            "linear_skinny_f16_1", "linear_skinny_f16_2", "linear_skinny_f16_4", "linear_skinny_f16_8",
-            "linear_up_bf16_1", "linear_up_bf16_2", "linear_up_bf16_4", "linear_up_bf16_8",
-            "linear_up_f16_1", "linear_up_f16_2", "linear_up_f16_4", "linear_up_f16_8",
-            "router_scores_bf16_1", "router_scores_bf16_2", "router_scores_bf16_4", "router_scores_bf16_8",
-            "router_scores_f16_1", "router_scores_f16_2", "router_scores_f16_4", "router_scores_f16_8",
-            "router_scores_bytes_bf16_1", "router_scores_bytes_bf16_2",
-            "router_scores_bytes_bf16_4", "router_scores_bytes_bf16_8",
-            "router_scores_bytes_f16_1", "router_scores_bytes_f16_2",
-            "router_scores_bytes_f16_4", "router_scores_bytes_f16_8",
             "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
             "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
-            "linear_wide_bf16_1", "linear_wide_bf16_2", "linear_wide_bf16_4", "linear_wide_bf16_8",
-            "linear_wide_f16_1", "linear_wide_f16_2", "linear_wide_f16_4", "linear_wide_f16_8",
-            "linear_wide_down_bf16_1", "linear_wide_down_bf16_2",
-            "linear_wide_down_bf16_4", "linear_wide_down_bf16_8",
-            "linear_wide_down_f16_1", "linear_wide_down_f16_2",
-            "linear_wide_down_f16_4", "linear_wide_down_f16_8",
+            $(concat!($sized, "_bf16_1"), concat!($sized, "_bf16_2"),
+              concat!($sized, "_bf16_4"), concat!($sized, "_bf16_8"),
+              concat!($sized, "_f16_1"), concat!($sized, "_f16_2"),
+              concat!($sized, "_f16_4"), concat!($sized, "_f16_8")),*
         ];
     };
 }
 
 names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"mlp_down" "router_scores_made" }
+"mlp_down" "router_scores_made";
+by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "router_scores" "router_scores_bytes" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -464,7 +453,7 @@ impl Kernels {
 
     /// The same for listed rows of `w`, the list ready before the kernel ahead began; up to [`SKINNY_ROWS`].
     ///
-    /// With few rows and neurons it leaves room for `mlp_down` beside it, so that both load their weights while the
+    /// With few rows and neurons it leaves room for the down product beside it, so that both load their weights while the
     /// norm ahead runs.
     pub fn linear_up(&self, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         if rows > NARROW_UP_ROWS

@@ -1,11 +1,21 @@
 //! A dense product by our own kernel: its launch, its parameters, and where its sums lie.
 
 use super::cut::WideCut;
+use super::device::Device;
 use super::launch::{Kernels, Launch, MADE_ROWS};
 use super::params::{LinearParams, Partial, Ptr};
+use crate::dtype::DType;
+use crate::error::Result;
 
 impl Kernels {
-    /// For a GPU that has the products by warpgroups ([`Device::warpgroups`](super::device::Device::warpgroups)), or
+    /// The kernels for a device, with all that it has.
+    pub fn for_device<D: Device>(dtype: DType, head_dim: u32, group: u32, device: &D) -> Result<Kernels> {
+        let (multiprocessors, shared) = (device.multiprocessors(), device.shared_per_block());
+        let kernels = Kernels::new(dtype, head_dim, group, multiprocessors, shared)?;
+        Ok(kernels.with_warpgroups(device.warpgroups()))
+    }
+
+    /// For a GPU that has the products by warpgroups ([`Device::warpgroups`]), or
     /// has not, as [`Kernels::new`] says.
     pub fn with_warpgroups(mut self, has: bool) -> Kernels {
         self.warpgroups = has;

@@ -80,9 +80,7 @@ impl Shape {
     /// Kernels for this shape on a device.
     pub(super) fn kernels<D: Device>(&self, device: &D) -> Result<Kernels> {
         let group = (self.heads / self.kv_heads.max(1)) as u32;
-        let (multiprocessors, shared) = (device.multiprocessors(), device.shared_per_block());
-        Ok(Kernels::new(self.dtype, self.hd as u32, group, multiprocessors, shared)?
-            .with_warpgroups(device.warpgroups()))
+        Kernels::for_device(self.dtype, self.hd as u32, group, device)
     }
 
     /// Width of q, k and v together.
