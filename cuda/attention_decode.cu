@@ -8,8 +8,9 @@
 // Schedule (stream-K): the work is a line of virtual pages. Sequence b owns keep[b] pieces of
 // pages(b) + segment_cost virtual pages each, starting at prefix[b]; each block (worker) owns an equal
 // interval of the line, so ragged lengths and few sequences still load every multiprocessor. The line
-// depends on lengths and counts only, never on which heads won: one plan serves all layers.
-// The four warps of a block take the pages of a piece in turn, each with its own ring of loads, which
+// depends on lengths and counts only, never on which heads won: one plan serves all layers. Where there are about as
+// many pieces as multiprocessors, all of about one length, they are as long as the longest and each has a worker (`line.rs`).
+// The warps of a block take the pages of a piece in turn, each with its own ring of loads, which
 // runs ahead across pieces. The ring is short: loads beyond what the latency needs would only queue in the memory
 // system, and whoever is first in that queue at the start ends microseconds before whoever is last. A piece that one worker covers is written directly; else the parts go to
 // `parts` and the worker that arrives last adds them in worker order, so results do not depend on timing.
@@ -17,7 +18,6 @@
 
 namespace decode {
 
-constexpr int WARPS = 4;
 constexpr float LN_2 = 0.69314718f;
 // A run of pages [first, end) of slot `slot` (0 .. keep[b] - 1) of sequence `b`, `length` pages long.
 struct Segment { uint32_t b, slot, first, end, length; };
@@ -26,6 +26,7 @@ struct Segment { uint32_t b, slot, first, end, length; };
 struct Walk {
     uint32_t at, end, b;
     uint32_t start, stop, tokens, skip, first_page;
+    uint32_t least;  // pages of the shortest piece
 
     DEVICE_MEMBER void enter(const DecodeParams& p, uint32_t sequence) {
         b = sequence;
@@ -36,19 +37,25 @@ struct Walk {
         first_page = p.first_page[b];
     }
 
+    // Virtual pages of a piece of so many pages.
+    DEVICE_MEMBER uint32_t piece_of(const DecodeParams& p, uint32_t pages) {
+        return p.segment_cost + (pages > least ? pages : least);
+    }
+
     // The next segment that has pages; false at the end of the interval.
     DEVICE_MEMBER bool next(const DecodeParams& p, Segment& s) {
         while (at < end) {
             while (stop <= at) enter(p, b + 1);
             s.b = b;
             s.length = (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
-            const uint32_t cost = p.segment_cost, piece = s.length + cost, offset = at - start;
+            const uint32_t cost = p.segment_cost, piece = piece_of(p, s.length), offset = at - start;
             s.slot = offset / piece;
             uint32_t from = offset - s.slot * piece;
             uint32_t to = from + (end - at) < piece ? from + (end - at) : piece;
             at += to - from;
             s.first = from > cost ? from - cost : 0;
             s.end = to > cost ? to - cost : 0;
+            if (s.end > s.length) s.end = s.length;
             if (s.end > s.first) return true;
         }
         return false;
@@ -82,8 +89,8 @@ struct Share {
 
 DEVICE Floats4 divided(const Floats4& x, float by) { return {{x.v[0] / by, x.v[1] / by, x.v[2] / by, x.v[3] / by}}; }
 
-// One warp's loads: pages first + warp, first + warp + 4, … of each segment, in order.
-struct Loads {
+// One warp's loads: pages first + warp, first + warp + WARPS, … of each segment, in order.
+template <int WARPS> struct Loads {
     Walk walk;
     Segment segment;
     uint32_t page, issued, stage, head, ids, ids_from;
@@ -122,7 +129,7 @@ struct Loads {
     }
 };
 
-template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
+template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodeParams& p) {
     using Math = PageMath<T, HD, TALL>;
     constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
     constexpr int MERGE = HD > 128 ? 2 : TALL ? 8 : 12;  // parts that are loaded at once, by registers
@@ -135,15 +142,16 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     uint32_t each = (p.sequences + 31) / 32, low = each * lane;
     const uint32_t mark = p.prefix[low < p.sequences ? low : p.sequences];
     const uint32_t line = p.prefix[p.sequences];
-    uint32_t workers = line / p.min_pages;
-    workers = workers < 1 ? 1 : workers > (uint32_t)grid_x() ? grid_x() : workers;
+    uint32_t workers = p.prefix[p.sequences + 1];
+    const uint32_t least = p.prefix[p.sequences + 2];
+    workers = workers > (uint32_t)grid_x() ? grid_x() : workers;
     const uint32_t worker = block_x();
     if (line == 0 || worker >= workers) {
         wait_for_previous();
         return;
     }
 
-    // Shared memory: rings of the four warps, merge buffers, barriers.
+    // Shared memory: rings of the warps, merge buffers, barriers.
     unsigned char* ring = shared + warp * p.stages * BYTES;
     float* merged = (float*)(shared + WARPS * p.stages * BYTES);  // [warp][group][HD]
     float* maxima = merged + WARPS * group * HD;                  // [warp][16]
@@ -165,8 +173,9 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         const uint32_t i = low + each * lane;
         low += each * (count_bits(vote(i < high && p.prefix[i < high ? i : low] <= walk.at)) - 1);
     }
+    walk.least = least;
     walk.enter(p, low);
-    Loads loads;
+    Loads<WARPS> loads;
     loads.walk = walk;
     loads.issued = loads.stage = 0;
     loads.open(p);
@@ -192,7 +201,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
     bool more = open();
     while (more) {
         const uint32_t tokens = walk.tokens, skip = walk.skip;
-        const uint32_t opening = walk.start + segment.slot * (segment.length + p.segment_cost) + p.segment_cost;
+        const uint32_t opening = walk.start + segment.slot * walk.piece_of(p, segment.length) + p.segment_cost;
         const uint32_t first_worker = worker_of(line, workers, opening);
         const uint32_t others = worker_of(line, workers, opening + segment.length - 1) - first_worker;
 
@@ -241,7 +250,7 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
         }
         soft.finish();
 
-        // The four warps leave what they have; then each thread adds up four dimensions of a row.
+        // The warps leave what they have; then each thread adds up four dimensions of a row.
         UNROLL for (int r = 0; r < (TALL ? 2 : 1); r++) {
             const uint32_t row = g + 8 * r;
             if (row >= group) continue;
@@ -343,27 +352,24 @@ template <class T, int HD, bool TALL> DEVICE void run(const DecodeParams& p) {
 
 }  // namespace decode
 
-// Groups up to 8 fill half of the 16-row side; larger ones fill it (`tall`).
-#define DECODE(type, hd, blocks)                                                              \
-    KERNEL(128, blocks) attention_decode_##type##_##hd(const GRID_CONSTANT DecodeParams p) {  \
-        decode::run<type, hd, false>(p);                                                      \
+// Groups up to 8 fill half of the 16-row side; larger ones fill it (`tall`). Blocks of eight warps (`large`) have a
+// multiprocessor to themselves.
+#define DECODE(name, type, hd, tall, warps, blocks)                                                     \
+    KERNEL(32 * warps, blocks) attention_decode_##name##type##_##hd(const GRID_CONSTANT DecodeParams p) { \
+        decode::run<type, hd, tall, warps>(p);                                                          \
     }
-#define DECODE_TALL(type, hd)                                                                 \
-    KERNEL(128, 2) attention_decode_tall_##type##_##hd(const GRID_CONSTANT DecodeParams p) {  \
-        decode::run<type, hd, true>(p);                                                       \
-    }
-#define DECODE_TYPE(type)   \
-    DECODE(type, 64, 2)     \
-    DECODE(type, 80, 2)     \
-    DECODE(type, 96, 2)     \
-    DECODE(type, 128, 2)    \
-    DECODE(type, 256, 1)    \
-    DECODE_TALL(type, 64)   \
-    DECODE_TALL(type, 80)   \
-    DECODE_TALL(type, 96)   \
-    DECODE_TALL(type, 128)
+#define DECODE_SIZE(type, hd)             \
+    DECODE(, type, hd, false, 4, 2)       \
+    DECODE(large_, type, hd, false, 8, 1) \
+    DECODE(tall_, type, hd, true, 4, 2)
+#define DECODE_TYPE(type)     \
+    DECODE_SIZE(type, 64)     \
+    DECODE_SIZE(type, 80)     \
+    DECODE_SIZE(type, 96)     \
+    DECODE_SIZE(type, 128)    \
+    DECODE(, type, 256, false, 4, 1)
 DECODE_TYPE(bf16)
 DECODE_TYPE(f16)
 #undef DECODE_TYPE
-#undef DECODE_TALL
+#undef DECODE_SIZE
 #undef DECODE

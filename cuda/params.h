@@ -116,7 +116,7 @@ struct DecodeParams {
     const uint32_t* skip;       // [sequences] leading tokens of that page outside the window
     const uint16_t* selected;   // [sequences][kv_heads], null: all
     const uint32_t* keep;       // [sequences] kv heads to compute
-    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + segment_cost)
+    const uint32_t* prefix;     // [sequences + 1] sums of keep * (pages + segment_cost); workers, at least 1; least pages of a piece
     void* out;                  // T [sequences][heads][head_dim]
     float* lse;                 // [sequences][heads] ln of the sum of exponentials, null: not wanted
     float* parts;               // [workers][2][group][head_dim + 4]
@@ -128,7 +128,6 @@ struct DecodeParams {
     uint32_t heads;
     uint32_t kv_heads;
     uint32_t stages;            // pages a warp has room for, at least 2: the one it works on, and those under way
-    uint32_t min_pages;         // fewest virtual pages per worker
     uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
     uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
     float scale;                // of q k, times log2(e)
@@ -150,6 +149,7 @@ struct PlanParams {
     uint32_t table_stride;    // entries from a sequence's block table to the next
     uint32_t window;          // tokens, NONE: unlimited
     uint32_t segment_cost;    // as in DecodeParams
+    uint32_t min_pages;       // fewest virtual pages per worker
 };
 
 // Operator level: zeros where decode attention writes nothing (plan.cu).

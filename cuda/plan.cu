@@ -51,6 +51,10 @@ DEVICE void attention(const PlanParams& p) {
         before += all;
         sync_block();
     }
+    const uint32_t workers = before / p.min_pages;
+    if (thread > 0) return;
+    p.prefix[p.sequences + 1] = workers < 1 ? 1 : workers;
+    p.prefix[p.sequences + 2] = 0;
 }
 
 // Block = sequence: heads that attention does not compute.

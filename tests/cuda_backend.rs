@@ -12,7 +12,7 @@ mod rig;
 
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
-use polar_sparsity::backend::cuda::launch::Tuning;
+use polar_sparsity::backend::cuda::launch::{Kernels, Tuning};
 use polar_sparsity::backend::{Backend, Limits};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
@@ -323,6 +323,45 @@ fn sparse_attention_of_many_sequences() {
             for (i, (a, b)) in alone.iter().zip(got).enumerate() {
                 let d = distance(b, a);
                 assert!(d <= 1e-2, "{name}, library {library}, sequence {}: {d:.2e}", first + i);
+            }
+        }
+    }
+}
+
+/// Pieces of about one length have a worker each, a large or a small one; of different lengths, workers share them.
+#[test]
+fn attention_of_equal_and_ragged_lengths_follows_the_cpu() {
+    let g = Golden::open("llama31_f32");
+    let file = g.routers();
+    let setup = Setup { routers: Some(&file), ..Setup::default() };
+    let setting = SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Dense };
+    for (large, lengths, shared) in [(true, [199, 207], false), (false, [230, 18], true)] {
+        let mut host = host_device::Host::new();
+        host.multiprocessors = 4;
+        let tuning = Tuning { large, ..Tuning::default() };
+        let mut kernels = Kernels::for_device(DType::BF16, 64, 4, &host).unwrap();
+        kernels.tuning = tuning;
+        // Of layer 0, which is dense.
+        let line = kernels.line(lengths.iter().map(|&n: &usize| (2, n.div_ceil(16) as u32)), true);
+        assert_eq!((line.large, line.pages == 0), (large, shared), "{line:?}");
+        let cuda = Cuda::new(Arc::new(AnyDevice(Box::new(host))), true).tuned(tuning);
+        let (mut cpu, mut gpu) = (Rig::new(&g.model, &setup), Rig::on(cuda, &g.model, &setup));
+        for n in lengths {
+            let tokens: Vec<u32> = (0..3).flat_map(|p| g.tokens(p, "tokens")).cycle().take(n + 3).collect();
+            cpu.add(&tokens, setting);
+            gpu.add(&tokens, setting);
+        }
+        for (p, n) in lengths.into_iter().enumerate() {
+            cpu.run(&[(p, n, false)]);
+            gpu.run(&[(p, n, false)]);
+        }
+        for _ in 0..2 {
+            let step = [0, 1].map(|p| (p, 1, true));
+            let (want, got) = (cpu.run(&step), gpu.run(&step));
+            assert_eq!(cpu.report.counts, gpu.report.counts);
+            for (a, b) in want.iter().zip(&got) {
+                let d = distance(b, a);
+                assert!(d <= tolerance(DType::BF16), "large {large}, {lengths:?}: {d:.2e}");
             }
         }
     }

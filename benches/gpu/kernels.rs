@@ -2,7 +2,7 @@
 
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
-use polar_sparsity::backend::cuda::launch::{DECODE_MIN_PAGES, MADE_ROWS};
+use polar_sparsity::backend::cuda::launch::{Kernels, MADE_ROWS};
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -90,22 +90,31 @@ fn attention_case(
     }
     let packed: Vec<u32> =
         selected.chunks(2).map(|c| u32::from(c[0]) | u32::from(*c.get(1).unwrap_or(&0)) << 16).collect();
-    let launch = k.decode(batch, false);
     let (q, out) =
         (gpu.random(u64::from(batch * heads * HD), 1.0), gpu.room(u64::from(batch * heads * HD * 2)));
     let [first, lengths_d, keep_d] = [&first, &lengths, &vec![keep; batch as usize]].map(|v| gpu.words(v));
     let skip = gpu.words(&vec![0; batch as usize]);
     let selected = gpu.words(&packed);
-    let parts = gpu.room(u64::from(launch.grid.0) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
+    let parts =
+        gpu.room(u64::from(k.decode_workers()) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    // As launched, and with one more load under way per warp.
-    for stages in [k.stages, k.stages + 1] {
+    // As launched, with one more load under way per warp, and in blocks of four warps where those have eight.
+    let lengths_pages: Vec<u32> = lengths.iter().map(|l| l.div_ceil(16)).collect();
+    let line = |k: &Kernels| k.line(lengths_pages.iter().map(|&pages| (keep, pages)), true);
+    let mut variants = vec![(k.stages, true), (k.stages + 1, true)];
+    if line(&k).large {
+        variants.push((k.stages, false));
+    }
+    for (stages, may_be_large) in variants {
         k.stages = stages;
-        let launch = k.decode(batch, false);
+        k.tuning.large = may_be_large;
+        let line = line(&k);
+        let launch = k.decode(batch, line.large, false);
         let mut prefix = vec![0];
-        for l in &lengths {
-            prefix.push(prefix.last().unwrap() + keep * (l.div_ceil(16) + SEGMENT_COST));
+        for &pages in &lengths_pages {
+            prefix.push(prefix.last().unwrap() + keep * line.piece(pages));
         }
+        prefix.extend([line.workers, line.pages]);
         let prefix = gpu.words(&prefix);
         let params = |i: u64| DecodeParams {
             q: q.at,
@@ -128,7 +137,6 @@ fn attention_case(
             heads,
             kv_heads,
             stages: k.stages,
-            min_pages: DECODE_MIN_PAGES,
             segment_cost: SEGMENT_COST,
             early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
@@ -137,9 +145,10 @@ fn attention_case(
         let kind = if ragged { "ragged" } else { "equal" };
         gpu.report(
             "attention_decode",
-            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} stages {stages}"),
+            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} stages {stages}{}", if line.large { " large" } else { "" }),
             &format!(
-                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"stages":{stages}"#
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"stages":{stages},"large":{}"#,
+                line.large
             ),
             us,
             needed,

@@ -15,12 +15,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments that make steps with another choice between equivalent launches.
-pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade"];
+pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:small"];
 
 /// What those arguments say.
 fn tuning() -> Tuning {
     let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
-    Tuning { beside: !wants("serial"), made: !wants("unmade") }
+    Tuning { beside: !wants("serial"), made: !wants("unmade"), large: !wants("small") }
 }
 
 struct Greedy;

@@ -21,6 +21,7 @@ struct Named { const char* name; Entry entry; };
 const Named kernels[] = {
     SIZES(attention_decode, DecodeParams)
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
+    SIZES(attention_decode_large, DecodeParams)
     SIZES(attention_decode_tall, DecodeParams)
     SIZES(attention_prefill, PrefillParams)
     ONE(attention_prefill_bf16_256, PrefillParams) ONE(attention_prefill_f16_256, PrefillParams)

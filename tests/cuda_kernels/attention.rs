@@ -3,6 +3,7 @@
 use crate::bench::{Bench, Rng, close};
 use crate::orders;
 use polar_sparsity::backend::cuda::launch::{Kernels, TileSize};
+use polar_sparsity::backend::cuda::line::Line;
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -89,6 +90,10 @@ struct Case {
     multiprocessors: u32,
     min_pages: u32,
     early: bool,
+    /// In blocks of eight warps.
+    large: bool,
+    /// Least pages of a piece on the line; not 0: a worker for each.
+    pages: u32,
 }
 
 /// The output as bytes and the reference.
@@ -132,11 +137,14 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         skip.push((start % 16) as u32);
         let count = if length == 0 { 0 } else { kept.len() as u32 };
         keep.push(count);
-        prefix.push(prefix[b] + count * ((length - start / 16 * 16).div_ceil(16) as u32 + SEGMENT_COST));
+        let line = Line { large: c.large, workers: 0, pages: c.pages };
+        prefix.push(prefix[b] + count * line.piece((length - start / 16 * 16).div_ceil(16) as u32));
     }
+    let workers = if c.pages == 0 { (prefix[n] / c.min_pages).max(1) } else { keep.iter().sum() };
+    prefix.extend([workers, c.pages]);
     tables.push(0);
     let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
-    let launch = k.decode(n as u32, false);
+    let launch = k.decode(n as u32, c.large, false);
     let out = bench.room(2 * expected.len());
     let counters = bench.words(&vec![0; n * c.kv_heads]);
     let lse = bench.room(4 * n * heads);
@@ -166,7 +174,6 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         heads: heads as u32,
         kv_heads: c.kv_heads as u32,
         stages: k.stages,
-        min_pages: c.min_pages,
         segment_cost: SEGMENT_COST,
         early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),
@@ -214,6 +221,8 @@ fn case() -> Case {
         multiprocessors: 3,
         min_pages: 4,
         early: true,
+        large: false,
+        pages: 0,
     }
 }
 
@@ -267,6 +276,37 @@ fn decode_all_selected_is_dense_bit_for_bit() {
         assert!(dense == all);
     }
     assert!(dense == decode(&Bench::new(0), &Case { early: false, ..case() }));
+}
+
+/// Blocks of eight warps, with pieces cut by workers, and with a worker for each; pages of the line that no piece has.
+#[test]
+pub fn decode_in_large_blocks() {
+    for dtype in [DType::BF16, DType::F16] {
+        for hd in [64, 80, 96, 128] {
+            let lengths = vec![0, 1, 17, 283];
+            decode(&Bench::new(0), &Case { dtype, hd, large: true, lengths, keep: vec![2; 4], ..case() });
+        }
+    }
+    for (large, pages, multiprocessors, min_pages) in
+        [(true, 0, 3, 8), (true, 0, 20, 1), (true, 10, 12, 1), (true, 9, 2, 1), (false, 10, 12, 1)]
+    {
+        let keep = vec![2, 1, 3, 1, 2, 3, 1];
+        orders(|b| {
+            let keep = keep.clone();
+            decode(b, &Case { large, pages, multiprocessors, min_pages, group: 4, keep, ..case() })
+        });
+    }
+    let c = Case {
+        large: true,
+        hd: 128,
+        group: 8,
+        kv_heads: 1,
+        lengths: vec![16 * 60 + 3],
+        multiprocessors: 20,
+        min_pages: 1,
+        ..case()
+    };
+    decode(&Bench::new(3), &c);
 }
 
 /// More parts than are merged at once, and more sequences than one look at the table finds.

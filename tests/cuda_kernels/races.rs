@@ -21,6 +21,7 @@ const CASES: &[fn()] = &[
     attention::decode_window,
     attention::decode_ragged_long_among_ones,
     attention::decode_lengths_workers_and_orders,
+    attention::decode_in_large_blocks,
     attention::prefill_every_head_size_and_type,
     linear::skinny_products_at_every_tile_edge,
     linear::skinny_products_of_listed_rows,

@@ -11,20 +11,6 @@ pub(super) fn fits_beside(n: u32, k: u32) -> bool {
     2 * u64::from(n) * u64::from(k) <= 16 << 20
 }
 
-/// Blocks of the decode attention, of `all` that run at once.
-///
-/// Heads and small batches mostly come in powers of two, so that with a multiple of 32 blocks few of them have to share a
-/// sequence's head; and the places left over are for what comes next, or runs beside. On an H200 (256 blocks of
-/// 264) that makes steps of 8 sequences 2 to 5 % faster, at 32 only those with work beside; at 64 and 128 some steps are
-/// up to 8 % slower.
-pub(super) fn even_workers(all: u32, sequences: u32, beside: bool) -> u32 {
-    const STEP: u32 = 32;
-    let few = sequences <= if beside { 32 } else { 16 };
-    let even = all / STEP * STEP;
-    // A small GPU would lose too much.
-    if few && 10 * even >= 9 * all { even } else { all }
-}
-
 /// How the down products cut their work, see `linear_down.cu`.
 pub(super) struct DownCut {
     /// Of 16.
@@ -165,23 +151,6 @@ mod tests {
             // A list of more rows than 16 parts have room for.
             assert!(WideCut::new(rows, 4096, 400_000, true, 132).is_none());
             assert!(WideCut::new(rows, 4096, 400_000, false, 132).is_some());
-        }
-    }
-
-    #[test]
-    fn few_sequences_have_even_workers_on_a_large_gpu() {
-        for (all, sequences, beside, want) in [
-            (264, 1, false, 256), // H100, H200
-            (264, 16, false, 256),
-            (264, 17, false, 264),
-            (264, 32, true, 256),
-            (264, 33, true, 264),
-            (296, 8, false, 288), // B200
-            (216, 8, false, 216), // A100: 192 would be too few
-            (40, 8, false, 40),
-            (10, 1, false, 10),
-        ] {
-            assert_eq!(even_workers(all, sequences, beside), want, "{all} {sequences} {beside}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Kernels by name, and the grid, threads and shared memory of each launch.
 
-use super::cut::{DownCut, MOST_SKINNY, SkinnyCut, even_workers, fits_beside, splits};
+use super::cut::{DownCut, MOST_SKINNY, SkinnyCut, fits_beside, splits};
+use super::line::{blocks_and_stages, large_fits};
 use super::params::SAMPLE_BINS;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -31,6 +32,10 @@ macro_rules! names {
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
             "attention_decode_f16_128", "attention_decode_f16_256",
+            "attention_decode_large_bf16_64", "attention_decode_large_bf16_80",
+            "attention_decode_large_bf16_96", "attention_decode_large_bf16_128",
+            "attention_decode_large_f16_64", "attention_decode_large_f16_80",
+            "attention_decode_large_f16_96", "attention_decode_large_f16_128",
             "attention_decode_tall_bf16_64", "attention_decode_tall_bf16_80",
             "attention_decode_tall_bf16_96", "attention_decode_tall_bf16_128",
             "attention_decode_tall_f16_64", "attention_decode_tall_f16_80",
@@ -85,11 +90,6 @@ const REGISTER_NEURONS: u32 = 16_384;
 const SELECT_PIECE: u32 = 2048;
 /// Most blocks that share one row of logits.
 pub const ARGMAX_PIECES: u32 = 32;
-/// Bytes of the cache that decode attention keeps under way, a multiprocessor. Enough for the latency; more would
-/// only queue, and then some multiprocessors are served first and end early while others end late.
-const DECODE_IN_FLIGHT: u32 = 64 << 10;
-/// Fewest virtual pages that a block of the decode attention is given.
-pub const DECODE_MIN_PAGES: u32 = 6;
 /// Most units (KV heads) a selection takes.
 pub const MAX_UNITS: u32 = 256;
 
@@ -110,11 +110,13 @@ pub struct Tuning {
     pub beside: bool,
     /// The down product of up to [`MADE_ROWS`] rows makes its own input.
     pub made: bool,
+    /// Decode attention may run in blocks of eight warps, see [`Kernels::line`].
+    pub large: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true }
+        Tuning { beside: true, made: true, large: true }
     }
 }
 
@@ -137,7 +139,9 @@ pub struct Kernels {
     sample: [Id; 3],
     transpose: Id,
     convert: Id,
-    decode: Id,
+    pub(super) decode: Id,
+    /// In blocks of eight warps, where they fit.
+    pub(super) decode_large: Option<Id>,
     /// Large tiles, small ones.
     prefill: [Id; 2],
     skinny: [Id; 4],
@@ -153,11 +157,11 @@ pub struct Kernels {
     mlp_down: Id,
     /// Choices that a measurement decides.
     pub tuning: Tuning,
-    head_dim: u32,
-    group: u32,
+    pub(super) head_dim: u32,
+    pub(super) group: u32,
     /// Pages each warp of the decode attention has room for: the one it works on, and those under way.
     pub stages: u32,
-    decode_blocks: u32,
+    pub(super) decode_blocks: u32,
     pub(super) multiprocessors: u32,
     shared_per_block: u32,
 }
@@ -190,12 +194,13 @@ impl Kernels {
         }
         let tall = if group > 8 { "_tall" } else { "" };
         let each = |base: &str| by_name(&format!("{base}_{t}"));
-        let (decode_blocks, stages) = decode_blocks_and_stages(head_dim, group, shared_per_block)?;
+        let (decode_blocks, stages) = blocks_and_stages(head_dim, group, shared_per_block)?;
         let by_rows = |base: &str| -> Result<[Id; 4]> {
             let one = |rows| by_name(&format!("{base}_{t}_{rows}"));
             Ok([one(1)?, one(2)?, one(4)?, one(8)?])
         };
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
+        let large = large_fits(head_dim, group, shared_per_block).then(|| sized("attention_decode_large"));
         let unsupported = |e: Error| {
             Error::unsupported(format!(
                 "head size {head_dim} with {group} query heads per KV head: {}",
@@ -220,6 +225,7 @@ impl Kernels {
             transpose: by_name("transpose16")?,
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
+            decode_large: large.transpose().map_err(unsupported)?,
             prefill: [
                 sized("attention_prefill").map_err(unsupported)?,
                 sized(if head_dim > 128 { "attention_prefill" } else { "attention_prefill_small" })
@@ -392,19 +398,6 @@ impl Kernels {
         Ok(Launch { kernel, grid: (8 * self.multiprocessors, 1), threads: 256, shared: 0 })
     }
 
-    /// Most blocks of the decode attention: as many as run at once.
-    pub fn decode_workers(&self) -> u32 {
-        self.multiprocessors * self.decode_blocks
-    }
-
-    /// Decode attention of so many sequences; `beside`: side work is waiting for room.
-    pub fn decode(&self, sequences: u32, beside: bool) -> Launch {
-        let shared =
-            decode_fixed_bytes(self.head_dim, self.group) + 4 * self.stages * (64 * self.head_dim + 8);
-        let grid = (even_workers(self.decode_workers(), sequences, beside), 1);
-        Launch { kernel: self.decode, grid, threads: 128, shared }
-    }
-
     /// Packed query rows of a prefill tile, and tokens of the cache a step.
     fn prefill_sizes(&self, tile: TileSize) -> (u32, u32) {
         match (self.head_dim, tile) {
@@ -518,27 +511,6 @@ impl Kernels {
 const SAMPLE_SUMS: u32 = 1024 + 1024 * 16;
 const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
 
-/// Blocks of the decode attention on a multiprocessor, two where registers and shared memory allow it, and stages of
-/// their warps.
-fn decode_blocks_and_stages(head_dim: u32, group: u32, shared_per_block: u32) -> Result<(u32, u32)> {
-    let (page, fixed) = (64 * head_dim, decode_fixed_bytes(head_dim, group));
-    for blocks in if head_dim > 128 { 1..=1 } else { 1..=2 }.rev() {
-        let room = shared_per_block.min((shared_per_block + 1024) / blocks - 1024);
-        let fit = room.saturating_sub(fixed) / (4 * (page + 8));
-        if fit >= 2 {
-            return Ok((blocks, fit.min(1 + DECODE_IN_FLIGHT.div_ceil(4 * blocks * page))));
-        }
-    }
-    Err(Error::unsupported(format!(
-        "head size {head_dim} with {group} query heads per KV head: decode attention needs {} bytes of shared memory a block, the device has {shared_per_block}",
-        fixed + 8 * (page + 8)
-    )))
-}
-
-fn decode_fixed_bytes(head_dim: u32, group: u32) -> u32 {
-    4 * group * head_dim * 4 + 2 * 4 * 16 * 4 + 16
-}
-
 fn select_bytes(router: u32) -> u32 {
     (256 + 256 + 8 + router) * 4
 }
@@ -546,36 +518,4 @@ fn select_bytes(router: u32) -> u32 {
 fn neuron_bytes(n: u32) -> u32 {
     let keys = if n > REGISTER_NEURONS { n.next_multiple_of(32) } else { 0 };
     (2 * 32 + 4096 + 2 * 1024 + keys) * 4
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn decode_attention_fits_what_a_multiprocessor_has() {
-        let kib = |n: u32| n << 10;
-        // H100 and A100, a consumer GPU, and a head size whose pages need more.
-        assert_eq!(decode_blocks_and_stages(128, 4, kib(227)).unwrap(), (2, 2));
-        assert_eq!(decode_blocks_and_stages(64, 1, kib(227)).unwrap(), (2, 3));
-        assert_eq!(decode_blocks_and_stages(128, 1, kib(163)).unwrap(), (2, 2));
-        assert_eq!(decode_blocks_and_stages(128, 4, kib(99)).unwrap(), (1, 2));
-        assert_eq!(decode_blocks_and_stages(256, 1, kib(227)).unwrap(), (1, 2));
-        let error = decode_blocks_and_stages(256, 8, kib(99)).unwrap_err();
-        assert!(error.message.contains("head size 256 with 8 query heads"), "{}", error.message);
-        for head_dim in [64, 80, 96, 128, 256] {
-            for group in 1..=16 {
-                for shared in [kib(99), kib(163), kib(227)] {
-                    let Ok((blocks, stages)) = decode_blocks_and_stages(head_dim, group, shared) else {
-                        continue;
-                    };
-                    let block = decode_fixed_bytes(head_dim, group) + 4 * stages * (64 * head_dim + 8);
-                    assert!(
-                        blocks * (block + 1024) <= shared + 1024 && stages >= 2,
-                        "{head_dim} {group} {shared}"
-                    );
-                }
-            }
-        }
-    }
 }

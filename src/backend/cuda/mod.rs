@@ -15,6 +15,7 @@ pub mod driver;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
+pub mod line;
 mod memory;
 #[cfg(feature = "cuda")]
 mod module;

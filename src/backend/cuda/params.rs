@@ -80,13 +80,13 @@ params! {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, lse: Ptr, parts: Ptr, counters: Ptr,
         page_stride: u64, head_stride: u64, q_stride: u64,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, min_pages: u32, segment_cost: u32, early: u32, scale: f32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, segment_cost: u32, early: u32, scale: f32,
     }
     /// See the header.
     PlanParams {
         lengths: Ptr, wanted: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, keep: Ptr, prefix: Ptr, counters: Ptr,
         sequences: u32, kv_heads: u32, max_pages: u32, table_stride: u32, window: u32,
-        segment_cost: u32,
+        segment_cost: u32, min_pages: u32,
     }
     /// See the header.
     ZeroParams { selected: Ptr, keep: Ptr, out: Ptr, lse: Ptr, kv_heads: u32, unit_width: u32, group: u32 }

@@ -2,7 +2,7 @@
 //! next adds them, with bias and activation.
 
 use super::device::{Device, start};
-use super::launch::{DECODE_MIN_PAGES, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::neurons::Routing;
 use super::params::*;
 use super::routers::{CudaRouters, LayerRouters};
@@ -306,7 +306,8 @@ impl<D: Device> Cuda<D> {
         let sequences = s.tables.rows().decode;
         if sequences > 0 {
             let selected = live == Live::Selected;
-            let (keep, prefix) = s.tables.plan(if selected { s.tables.layer_plan[layer] } else { 0 });
+            let plan = if selected { s.tables.layer_plan[layer] } else { 0 };
+            let (keep, prefix) = s.tables.plan(plan);
             let params = DecodeParams {
                 q: b.q,
                 kv: kv.layer(layer),
@@ -328,13 +329,12 @@ impl<D: Device> Cuda<D> {
                 heads,
                 kv_heads,
                 stages: s.kernels.stages,
-                min_pages: DECODE_MIN_PAGES,
                 segment_cost: SEGMENT_COST,
                 early: 1,
                 scale,
             };
             let beside = s.neurons_selected == Some(layer);
-            self.go(s, &s.kernels.decode(sequences, beside), &params)?;
+            self.go(s, &s.kernels.decode(sequences, s.tables.large[usize::from(plan)], beside), &params)?;
         }
         if s.tables.n_tiles > 0 {
             let params = PrefillParams {

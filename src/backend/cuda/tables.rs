@@ -7,7 +7,7 @@ use super::buckets::bucket;
 use super::device::Device;
 use super::launch::{Kernels, TileSize};
 use super::memory::HostWords;
-use super::params::{NONE, Ptr, SEGMENT_COST};
+use super::params::{NONE, Ptr};
 use crate::backend::{Limits, PAGE_TOKENS, SeqStep, Step};
 use crate::error::{Error, Result, try_vec};
 use crate::sparsity::{MlpMode, Rule};
@@ -59,6 +59,8 @@ pub(super) struct Tables<D: Device> {
     /// Plans used, and which of them each layer uses.
     n_plans: usize,
     pub(super) layer_plan: Vec<u16>,
+    /// Of each plan: see [`Line::large`](super::line::Line::large).
+    pub(super) large: Vec<bool>,
     /// Prefill tiles of this step, and their kind.
     pub(super) n_tiles: u32,
     pub(super) tile_size: TileSize,
@@ -109,7 +111,7 @@ fn room(limits: &Limits, layers: usize, tile_tokens: u32) -> (usize, usize) {
     let pages_per_seq = limits.max_context.div_ceil(PAGE_TOKENS);
     // As many as `Step::with_limits` has room for.
     let most_pages = limits.pages.min(pages_per_seq.saturating_mul(limits.max_batch));
-    let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 1) + TILE_WORDS * tiles;
+    let lists = 6 * rows + 4 * batch + (layers + 1) * (2 * batch + 3) + TILE_WORDS * tiles;
     // Each list begins at a multiple of four words: hence the threes above, and these few.
     (most_pages.saturating_add(lists + 16), most_pages)
 }
@@ -138,6 +140,7 @@ impl<D: Device> Tables<D> {
             used: 0,
             n_plans: 0,
             layer_plan: try_vec(layers, 0, "plans")?,
+            large: try_vec(layers + 1, false, "plans")?,
             n_tiles: 0,
             tile_size: TileSize::Large,
             any_reference: false,
@@ -268,7 +271,8 @@ impl<D: Device> Tables<D> {
         }
         w.words[t.last_group] = n_invariant;
         self.layout = Layout { plans: w.next, ..t };
-        self.n_plans = fill_plans(&mut w, &t, step, kv_heads, &mut self.layer_plan);
+        let plans = (&mut self.layer_plan[..], &mut self.large[..]);
+        self.n_plans = fill_plans(&mut w, &t, step, (kernels, kv_heads), plans);
         self.layout.tiles = w.next;
         let large = kernels.tile_tokens(TileSize::Large);
         let tiles = step.seqs.iter().flat_map(|s| tiles_of(s, large));
@@ -305,16 +309,23 @@ impl<D: Device> Tables<D> {
     }
 }
 
-/// Words of one plan: `keep`, then `prefix`.
+/// Words of one plan: `keep`, then `prefix`, then how many workers and the least pages of a piece.
 fn plan_words(decode: usize) -> usize {
-    (2 * decode + 1).next_multiple_of(4)
+    (2 * decode + 3).next_multiple_of(4)
 }
 
 /// One plan per distinct list of kept heads; how many there are.
-fn fill_plans(w: &mut Writer<'_>, t: &Layout, step: &Step, kv_heads: u32, of_layer: &mut [u16]) -> usize {
+fn fill_plans(
+    w: &mut Writer<'_>,
+    t: &Layout,
+    step: &Step,
+    (kernels, kv_heads): (&Kernels, u32),
+    (of_layer, large): (&mut [u16], &mut [bool]),
+) -> usize {
     let n = step.n_decode();
     let first = w.next;
-    put_plan(w, t, n, |_| kv_heads);
+    let alone = !(0..of_layer.len()).any(|l| step.plan.mlp_sparse(l));
+    large[0] = put_plan(w, t, n, kernels, alone, |_| kv_heads);
     let mut plans = 1;
     for (layer, plan) in of_layer.iter_mut().enumerate() {
         *plan = 0;
@@ -326,7 +337,7 @@ fn fill_plans(w: &mut Writer<'_>, t: &Layout, step: &Step, kv_heads: u32, of_lay
             (0..n).all(|b| w.words[at + b] == step.plan.attn_k(layer, b))
         });
         *plan = same.unwrap_or_else(|| {
-            put_plan(w, t, n, |b| step.plan.attn_k(layer, b));
+            large[plans] = put_plan(w, t, n, kernels, alone, |b| step.plan.attn_k(layer, b));
             plans += 1;
             plans - 1
         }) as u16;
@@ -334,19 +345,30 @@ fn fill_plans(w: &mut Writer<'_>, t: &Layout, step: &Step, kv_heads: u32, of_lay
     plans
 }
 
-/// Padding keeps no head and owns no piece of the line.
-fn put_plan(w: &mut Writer<'_>, t: &Layout, n: usize, keep: impl Fn(usize) -> u32) {
+/// Padding keeps no head and owns no piece of the line. Whether workers are large.
+fn put_plan(
+    w: &mut Writer<'_>,
+    t: &Layout,
+    n: usize,
+    kernels: &Kernels,
+    alone: bool,
+    keep: impl Fn(usize) -> u32,
+) -> bool {
     let decode = t.rows.decode as usize;
     let at = w.space(plan_words(decode), 0);
+    let pages = |w: &Writer<'_>, b: usize| w.words[t.context + b].div_ceil(16);
+    let line = kernels.line((0..n).map(|b| (keep(b), pages(w, b))), alone);
     let mut sum = 0u32;
     for b in 0..decode {
         if b < n {
-            let pages = w.words[t.context + b].div_ceil(16);
             w.words[at + b] = keep(b);
-            sum += keep(b) * (pages + SEGMENT_COST);
+            sum += keep(b) * line.piece(pages(w, b));
         }
         w.words[at + decode + b + 1] = sum;
     }
+    w.words[at + 2 * decode + 1] = line.workers;
+    w.words[at + 2 * decode + 2] = line.pages;
+    line.large
 }
 
 /// Tiles of a sequence's prompt, as a `PrefillTile` of the kernels; none of one that decodes.

@@ -2,7 +2,8 @@
 
 use super::{Launcher, MAX_ROWS, Operator, Ops, Queue, Workspace, count, optional, pointer};
 use crate::backend::PAGE_TOKENS;
-use crate::backend::cuda::launch::{DECODE_MIN_PAGES, Kernels, MAX_UNITS};
+use crate::backend::cuda::launch::{Kernels, MAX_UNITS};
+use crate::backend::cuda::line::MIN_PAGES;
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{DecodeParams, NONE, PlanParams, Ptr, SEGMENT_COST, ZeroParams};
 use crate::dtype::DType;
@@ -113,7 +114,7 @@ impl Operator for Attention {
             tokens: p.take(n, 4),
             skip: p.take(n, 4),
             keep: p.take(n, 4),
-            prefix: p.take(n + 1, 4),
+            prefix: p.take(n + 3, 4),
             counters: p.take(n * self.kv_heads as usize, 4),
             parts: p.take(k.decode_workers() as usize * 2 * group * (self.head_dim as usize + 4), 4),
         }
@@ -164,6 +165,7 @@ impl Ops {
             table_stride: op.table_stride.max(op.max_pages),
             window: if op.window == 0 { NONE } else { op.window },
             segment_cost: SEGMENT_COST,
+            min_pages: MIN_PAGES,
         };
         Queue::new(launcher).go(&k.plan(op.sequences, op.kv_heads), &params)
     }
@@ -220,12 +222,11 @@ impl Ops {
             heads: op.heads,
             kv_heads: op.kv_heads,
             stages: k.stages,
-            min_pages: DECODE_MIN_PAGES,
             segment_cost: SEGMENT_COST,
             // The host's pages may be written by what it queued just before.
             early: 0,
             scale: scale * std::f32::consts::LOG2_E,
         };
-        queue.go(&k.decode(op.sequences, false), &params)
+        queue.go(&k.decode(op.sequences, false, false), &params)
     }
 }

@@ -1,0 +1,223 @@
+//! How decode attention cuts its work, see `cuda/attention_decode.cu`: pieces, the kept KV heads of the sequences, lie on
+//! a line of virtual pages, and workers, blocks of the kernel, own equal intervals of it.
+
+use super::launch::{Kernels, Launch};
+use super::params::SEGMENT_COST;
+use crate::error::{Error, Result};
+
+/// Bytes of the cache that decode attention keeps under way, a multiprocessor. Enough for the latency; more would
+/// only queue, and then some multiprocessors are served first and end early while others end late.
+const IN_FLIGHT: u32 = 64 << 10;
+/// Fewest virtual pages that a worker of four warps is given.
+pub const MIN_PAGES: u32 = 6;
+/// Pages that a multiprocessor reads while workers add up pieces that they share: on an H200 20 to 28, in 5 to 7 us.
+const SHARING_PAGES: u32 = 20;
+/// Most pieces of a worker that shares none.
+const MOST_PIECES: u32 = 4;
+/// Pieces up to which, and pages from which, heads of a group of [`MANY_ROWS`] are in so many parts that fewer and larger
+/// workers are faster (on an H200, one sequence, 32 query and 8 KV heads, 4k to 32k tokens 5 to 27 %).
+const FEW_PIECES: u32 = 8;
+const LONG_PAGES: u32 = 200;
+const MANY_ROWS: u32 = 4;
+
+/// A step's line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Workers are blocks of eight warps, which have a multiprocessor to themselves; else of four.
+    pub large: bool,
+    /// Blocks that own an interval, where so many run.
+    pub workers: u32,
+    /// Pages that a piece has on the line at least.
+    pub pages: u32,
+}
+
+impl Line {
+    /// Virtual pages of a piece of so many pages.
+    pub fn piece(&self, pages: u32) -> u32 {
+        SEGMENT_COST + pages.max(self.pages)
+    }
+}
+
+impl Kernels {
+    /// The line for sequences with so many kept heads and pages; `alone`: no side work waits for room, which large
+    /// blocks would keep it, and it them (a step of 8 sequences of OPT-6.7B 5 %).
+    ///
+    /// Where each worker can have pieces of about the same length, none needs to be shared and added up: on an H200
+    /// 128 pieces of about 2048 tokens take 33 us instead of 37.
+    pub fn line(&self, pieces: impl Iterator<Item = (u32, u32)>, alone: bool) -> Line {
+        let (mut count, mut sum, mut longest) = (0u32, 0u32, 0u32);
+        for (keep, pages) in pieces.filter(|&(keep, pages)| keep > 0 && pages > 0) {
+            count += keep;
+            sum += keep * pages;
+            longest = pages.max(longest);
+        }
+        let may_be_large = alone && self.tuning.large && self.decode_large.is_some();
+        let large = (true, self.multiprocessors, SHARING_PAGES);
+        let small = (false, self.decode_workers(), SHARING_PAGES / self.decode_blocks);
+        for (large, all, sharing) in [large, small] {
+            // Without an even number, equal pieces would be shared; without sharing the others have nothing to do.
+            let each = count.div_ceil(even_workers(all, 1, false));
+            let excess = (each * longest).saturating_sub(sharing).saturating_mul(all);
+            if (!large || may_be_large)
+                && (1..=if large { 1 } else { MOST_PIECES }).contains(&each)
+                && count.is_multiple_of(each)
+                && longest >= 2 * MIN_PAGES
+                && excess <= sum
+            {
+                return Line { large, workers: count / each, pages: longest };
+            }
+        }
+        let line = sum + count * SEGMENT_COST;
+        if may_be_large && count <= FEW_PIECES && longest >= LONG_PAGES && self.group >= MANY_ROWS {
+            let workers = (line / (2 * MIN_PAGES)).clamp(1, even_workers(self.multiprocessors, 1, false));
+            return Line { large: true, workers, pages: 0 };
+        }
+        Line { large: false, workers: (line / MIN_PAGES).max(1), pages: 0 }
+    }
+
+    /// Most workers: as many as run at once.
+    pub fn decode_workers(&self) -> u32 {
+        self.multiprocessors * self.decode_blocks
+    }
+
+    /// Decode attention of so many sequences; `large` as the line says; `beside`: side work is waiting for room.
+    pub fn decode(&self, sequences: u32, large: bool, beside: bool) -> Launch {
+        let large = self.decode_large.filter(|_| large);
+        let (kernel, warps, blocks) = match large {
+            Some(kernel) => (kernel, 8, even_workers(self.multiprocessors, 1, false)),
+            None => (self.decode, 4, even_workers(self.decode_workers(), sequences, beside)),
+        };
+        let shared = bytes(warps, self.head_dim, self.group, self.stages);
+        Launch { kernel, grid: (blocks, 1), threads: 32 * warps, shared }
+    }
+}
+
+/// Blocks, of `all` that run at once.
+///
+/// Heads and small batches mostly come in powers of two, so that with a multiple of 32 blocks few of them have to share a
+/// sequence's head; and the places left over are for what comes next, or runs beside. On an H200 (256 blocks of
+/// 264) that makes steps of 8 sequences 2 to 5 % faster, at 32 only those with work beside; at 64 and 128 some steps are
+/// up to 8 % slower.
+fn even_workers(all: u32, sequences: u32, beside: bool) -> u32 {
+    const STEP: u32 = 32;
+    let few = sequences <= if beside { 32 } else { 16 };
+    let even = all / STEP * STEP;
+    // A small GPU would lose too much.
+    if few && 10 * even >= 9 * all { even } else { all }
+}
+
+/// Blocks of four warps on a multiprocessor, two where registers and shared memory allow it, and stages of their warps.
+pub(super) fn blocks_and_stages(head_dim: u32, group: u32, shared_per_block: u32) -> Result<(u32, u32)> {
+    let (page, fixed) = (64 * head_dim, bytes(4, head_dim, group, 0));
+    for blocks in if head_dim > 128 { 1..=1 } else { 1..=2 }.rev() {
+        let room = shared_per_block.min((shared_per_block + 1024) / blocks - 1024);
+        let fit = room.saturating_sub(fixed) / (4 * (page + 8));
+        if fit >= 2 {
+            return Ok((blocks, fit.min(1 + IN_FLIGHT.div_ceil(4 * blocks * page))));
+        }
+    }
+    Err(Error::unsupported(format!(
+        "head size {head_dim} with {group} query heads per KV head: decode attention needs {} bytes of shared memory a block, the device has {shared_per_block}",
+        fixed + 8 * (page + 8)
+    )))
+}
+
+/// Whether there are blocks of eight warps, with as many stages, and room for one.
+pub(super) fn large_fits(head_dim: u32, group: u32, shared_per_block: u32) -> bool {
+    blocks_and_stages(head_dim, group, shared_per_block).is_ok_and(|(blocks, stages)| {
+        blocks == 2 && group <= 8 && bytes(8, head_dim, group, stages) <= shared_per_block
+    })
+}
+
+/// Shared memory of a block of so many warps.
+fn bytes(warps: u32, head_dim: u32, group: u32, stages: u32) -> u32 {
+    warps * (group * head_dim * 4 + 2 * 16 * 4 + stages * (64 * head_dim + 8)) + 16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+
+    const KIB: u32 = 1 << 10;
+
+    #[test]
+    fn a_line_shares_no_piece_where_every_multiprocessor_can_have_one() {
+        let kernels = |group| Kernels::new(DType::BF16, 128, group, 132, 227 * KIB).unwrap();
+        let whole = |workers, pages| Line { large: true, workers, pages };
+        let small = |workers, pages| Line { large: false, workers, pages };
+        let split = |workers| small(workers, 0);
+        let (one, grouped) = (kernels(1), kernels(4));
+        // 8 sequences, 16 heads; about the same length; one much longer, or nothing but waiting rows beside them.
+        let line = |k: &Kernels, pages: &[u32], keep| k.line(pages.iter().map(|&p| (keep, p)), true);
+        assert_eq!(line(&one, &[128; 8], 16), whole(128, 128));
+        assert_eq!(line(&one, &[128, 127, 126, 125, 124, 123, 130, 128], 16), whole(128, 130));
+        assert_eq!(line(&one, &[128, 128, 128, 128, 128, 128, 128, 0], 18), whole(126, 128));
+        assert_eq!(line(&one, &[128; 7], 16), whole(112, 128));
+        assert_eq!(line(&one, &[90, 90, 90, 90, 90, 90, 90, 128], 16), split(16 * (758 + 32) / 6));
+        assert_eq!(line(&one, &[128; 6], 16), split(6 * 16 * 132 / 6));
+        assert_eq!(line(&one, &[11; 8], 16), split(16 * 8 * 15 / 6));
+        // More pieces than large blocks, and than small ones.
+        assert_eq!(line(&one, &[128; 8], 32), small(256, 128));
+        assert_eq!(line(&one, &[128; 16], 32), small(256, 128));
+        assert_eq!(line(&one, &[256; 16], 32), split(16 * 32 * 260 / 6));
+        assert_eq!(line(&one, &[128; 16], 24), split(16 * 24 * 132 / 6));
+        assert_eq!(line(&one, &[64; 27], 19), split(27 * 19 * 68 / 6));
+        assert_eq!(line(&one, &[64; 40], 32), split(40 * 32 * 68 / 6));
+        // Few long heads of a group.
+        assert_eq!(line(&grouped, &[512], 8), Line { large: true, workers: 128, pages: 0 });
+        assert_eq!(line(&grouped, &[200], 5), Line { large: true, workers: 1020 / 12, pages: 0 });
+        assert_eq!(line(&grouped, &[199], 8), split(8 * 203 / 6));
+        assert_eq!(line(&one, &[512], 8), split(8 * 516 / 6));
+        // Side work, another choice, nothing to do.
+        assert!(!one.line([(16, 128); 8].into_iter(), false).large);
+        let mut without = one;
+        without.tuning.large = false;
+        assert_eq!(line(&without, &[128; 8], 16), split(8 * 16 * 132 / 6));
+        assert_eq!(line(&one, &[], 1), split(1));
+    }
+
+    #[test]
+    fn few_sequences_have_even_workers_on_a_large_gpu() {
+        for (all, sequences, beside, want) in [
+            (264, 1, false, 256), // H100, H200
+            (264, 16, false, 256),
+            (264, 17, false, 264),
+            (264, 32, true, 256),
+            (264, 33, true, 264),
+            (296, 8, false, 288), // B200
+            (216, 8, false, 216), // A100: 192 would be too few
+            (40, 8, false, 40),
+            (10, 1, false, 10),
+        ] {
+            assert_eq!(even_workers(all, sequences, beside), want, "{all} {sequences} {beside}");
+        }
+    }
+
+    #[test]
+    fn decode_attention_fits_what_a_multiprocessor_has() {
+        let kib = |n: u32| n * KIB;
+        // H100 and A100, a consumer GPU, and a head size whose pages need more.
+        assert_eq!(blocks_and_stages(128, 4, kib(227)).unwrap(), (2, 2));
+        assert_eq!(blocks_and_stages(64, 1, kib(227)).unwrap(), (2, 3));
+        assert_eq!(blocks_and_stages(128, 1, kib(163)).unwrap(), (2, 2));
+        assert_eq!(blocks_and_stages(128, 4, kib(99)).unwrap(), (1, 2));
+        assert_eq!(blocks_and_stages(256, 1, kib(227)).unwrap(), (1, 2));
+        let error = blocks_and_stages(256, 8, kib(99)).unwrap_err();
+        assert!(error.message.contains("head size 256 with 8 query heads"), "{}", error.message);
+        for head_dim in [64, 80, 96, 128, 256] {
+            for group in 1..=16 {
+                for shared in [kib(99), kib(163), kib(227)] {
+                    let Ok((blocks, stages)) = blocks_and_stages(head_dim, group, shared) else {
+                        continue;
+                    };
+                    let block = bytes(4, head_dim, group, stages);
+                    assert!(
+                        blocks * (block + 1024) <= shared + 1024 && stages >= 2,
+                        "{head_dim} {group} {shared}"
+                    );
+                }
+            }
+        }
+    }
+}
