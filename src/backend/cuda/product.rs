@@ -2,7 +2,7 @@
 
 use super::cut::WideCut;
 use super::device::Device;
-use super::launch::{Kernels, Launch, MADE_ROWS};
+use super::launch::{Kernels, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, MADE_ROWS, SKINNY_ROWS};
 use super::params::{LinearParams, Partial, Ptr};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -26,6 +26,14 @@ impl Kernels {
     /// faster with an activation ahead of them (on an H200 a step of one sequence of OPT-6.7B 2 %).
     pub(super) fn makes_input(&self, rows: u32) -> bool {
         rows <= MADE_ROWS && self.tuning.made && !self.warpgroups
+    }
+
+    /// Whether a QKV product of so many columns is our own, so that the attention router's rows go with it. By warpgroups
+    /// also where the device's library would be about as fast (on an H200 steps of 64 sequences get .5 to 1 % faster; with
+    /// 12,288 columns the library's product is).
+    pub(super) fn carries_router(&self, rows: u32, n: u32) -> bool {
+        rows <= LIBRARY_ROWS && n < LIBRARY_COLUMNS
+            || self.warpgroups && rows <= SKINNY_ROWS && n <= LIBRARY_COLUMNS / 2
     }
 
     /// A product of up to [`SKINNY_ROWS`](super::launch::SKINNY_ROWS) rows by warpgroups, where they can; `k_lines`: the

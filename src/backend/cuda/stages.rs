@@ -173,8 +173,8 @@ impl<D: Device> Cuda<D> {
 
     /// Sums of q, k and v, and the logits of the attention router if there is one; side work starts.
     /// Where the product is our own, the router's few rows go with it and hardly show. Where it may be the device's
-    /// library's, theirs is a product of its own: on the side (the kernel that follows starts in order there, join
-    /// or not), or, where the sequences are many, ahead of it and turned round.
+    /// library's, theirs is a product of its own, on the side: the kernel that follows starts in order there, join
+    /// or not. With many sequences it is turned round.
     fn project_qkv(
         &self,
         s: &CudaScratch<D>,
@@ -190,7 +190,7 @@ impl<D: Device> Cuda<D> {
             self.choose_neurons(s, step, neurons)?;
             return Ok((self.product(s, (b.h, w), whole, b.sums)?, None));
         };
-        if rows <= LIBRARY_ROWS && first < LIBRARY_COLUMNS {
+        if s.kernels.carries_router(rows, first) {
             self.choose_neurons(s, step, neurons)?;
             let n = first + router.attn_room() as u32;
             let (launch, both) = s.kernels.product((b.h, w), (rows, n, k), b.sums);
@@ -201,25 +201,26 @@ impl<D: Device> Cuda<D> {
         }
         let (of, n) = ((b.h, router.attn.weight), router.attn_rows as u32);
         let size = (sequences, n, k);
-        if sequences <= SKINNY_ROWS {
-            let (launch, logits) = s.kernels.product(of, size, b.unit_sums);
-            self.fork(s)?;
-            self.go_beside(&launch, &logits)?;
-            let qkv = self.product(s, (b.h, w), whole, b.sums)?;
-            self.device.join()?;
-            self.choose_neurons(s, step, neurons)?;
-            return Ok((qkv, Some(UnitLogits { sums: logits.sums(), rows: sequences, by_unit: false })));
-        }
-        let logits = if n <= SKINNY_ROWS {
-            let (launch, logits) = s.kernels.product_turned(of, size, b.unit_sums);
-            self.go(s, &launch, &logits)?;
-            UnitLogits { sums: logits.sums(), rows: n, by_unit: true }
-        } else {
+        if sequences > SKINNY_ROWS && n > SKINNY_ROWS {
             let sums = self.product(s, of, size, b.unit_sums)?;
-            UnitLogits { sums, rows: sequences, by_unit: false }
+            self.choose_neurons(s, step, neurons)?;
+            let qkv = self.product(s, (b.h, w), whole, b.sums)?;
+            return Ok((qkv, Some(UnitLogits { sums, rows: sequences, by_unit: false })));
+        }
+        let by_unit = sequences > SKINNY_ROWS;
+        let (launch, logits) = match by_unit {
+            true => s.kernels.product_turned(of, size, b.unit_sums),
+            false => s.kernels.product(of, size, b.unit_sums),
         };
+        self.fork(s)?;
+        self.go_beside(&launch, &logits)?;
+        let qkv = self.product(s, (b.h, w), whole, b.sums)?;
+        self.device.join()?;
         self.choose_neurons(s, step, neurons)?;
-        Ok((self.product(s, (b.h, w), whole, b.sums)?, Some(logits)))
+        Ok((
+            qkv,
+            Some(UnitLogits { sums: logits.sums(), rows: if by_unit { n } else { sequences }, by_unit }),
+        ))
     }
 
     /// What to select the heads of a layer by.
