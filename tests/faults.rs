@@ -156,7 +156,7 @@ fn loading_can_be_cancelled_at_every_report() {
 
 /// Copies a golden model and spoils one weight.
 fn spoiled(case: &str, tensor: &str, value: f32) -> std::path::PathBuf {
-    let dir = std::env::temp_dir().join(format!("polar-spoiled-{}-{tensor}-{value}", std::process::id()));
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("spoiled-{tensor}-{value}"));
     std::fs::create_dir_all(&dir).expect("a folder");
     std::fs::copy(golden_dir(case).join("config.json"), dir.join("config.json")).expect("config");
     let mut bytes = std::fs::read(golden_dir(case).join("model.safetensors")).expect("weights");

@@ -10,8 +10,9 @@ use polar_sparsity::{Error, Result, Status};
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -34,7 +35,7 @@ pub struct Library {
     late: LateFn,
     sizes: SizesFn,
     races: RacesFn,
-    /// Its file, which has no name any more.
+    /// Its file, which may have no name any more.
     file: File,
     /// Lines that were looked up.
     found: Mutex<HashMap<u64, String>>,
@@ -62,24 +63,65 @@ fn library(races: bool) -> &'static Library {
     })
 }
 
-/// Compiles `kernels` with the executor and loads the result.
-fn build(kernels: &Path, flags: &[&str]) -> Library {
+/// A number for what a library is made of: every file of `cuda`, `kernels`, how they are compiled, and by what.
+fn ingredients(kernels: &Path, flags: &[&str]) -> u64 {
+    let folders = [root().join("cuda"), root().join("cuda/host")];
+    let entries = folders.iter().flat_map(|f| std::fs::read_dir(f).unwrap());
+    let mut files: Vec<PathBuf> = entries.map(|e| e.unwrap().path()).filter(|p| p.is_file()).collect();
+    files.sort();
+    files.push(kernels.to_path_buf());
+    let mut h = DefaultHasher::new();
+    for file in files {
+        (&file, std::fs::read(&file).unwrap()).hash(&mut h);
+    }
+    let version =
+        Command::new("g++").arg("--version").output().expect("g++ is needed to run the kernels on the CPU");
+    (flags, version.stdout).hash(&mut h);
+    h.finish()
+}
+
+/// `kernels` compiled with the executor: once for all test programs, in 20 seconds.
+fn compiled(kernels: &Path, flags: &[&str]) -> PathBuf {
     static BUILDS: AtomicU32 = AtomicU32::new(0);
-    let host = root().join("cuda/host");
-    let name = format!("kernels_host_{}_{}", std::process::id(), BUILDS.fetch_add(1, Ordering::Relaxed));
-    let [object, out] = ["o", "so"].map(|end| std::env::temp_dir().join(format!("{name}.{end}")));
+    let folder = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
+    std::fs::create_dir_all(&folder).unwrap();
+    let name = kernels.file_stem().unwrap().to_str().unwrap();
+    let stem = format!("{name}-{}-", if flags.is_empty() { "plain" } else { "watched" });
+    let done = folder.join(format!("{stem}{:016x}.so", ingredients(kernels, flags)));
+    if done.is_file() {
+        return done;
+    }
+    for entry in std::fs::read_dir(&folder).unwrap().flatten() {
+        // Of older sources. What a program has loaded stays with it.
+        let file = entry.file_name();
+        if file.to_str().is_some_and(|f| f.starts_with(&stem) && f.ends_with(".so")) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    let own = format!("{stem}{}-{}", std::process::id(), BUILDS.fetch_add(1, Ordering::Relaxed));
+    let [object, out] = ["o", "part"].map(|end| folder.join(format!("{own}.{end}")));
     let compile = |arguments: &mut Command| {
         let command = arguments.args(["-std=c++20", "-fPIC", "-Wno-unknown-pragmas"]);
-        let done = command.status().expect("g++ is needed to run the kernels on the CPU");
-        assert!(done.success(), "g++ could not compile cuda/host: {command:?}");
+        let status = command.status().expect("g++ is needed to run the kernels on the CPU");
+        assert!(status.success(), "g++ could not compile cuda/host: {command:?}");
     };
     // Two steps, since the executor itself is not to be watched.
     compile(Command::new("g++").args(["-O1", "-c"]).args(flags).arg(kernels).arg("-o").arg(&object));
-    let executor = ["executor.cpp", "memory.cpp", "races.cpp"].map(|file| host.join(file));
+    let executor =
+        ["executor.cpp", "memory.cpp", "races.cpp"].map(|file| root().join("cuda/host").join(file));
     compile(Command::new("g++").args(["-O2", "-shared"]).arg(&object).args(executor).arg("-o").arg(&out));
+    let _ = std::fs::remove_file(object);
+    // Whole or not there, whoever else builds it.
+    std::fs::rename(out, &done).unwrap();
+    done
+}
+
+/// Loads `kernels`, compiled with the executor.
+fn build(kernels: &Path, flags: &[&str]) -> Library {
+    let out = compiled(kernels, flags);
     let path = CString::new(out.to_str().unwrap()).unwrap();
-    // SAFETY: a library just built from this repository; its functions have these types.
-    let library = unsafe {
+    // SAFETY: a library built from this repository; its functions have these types.
+    unsafe {
         let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
         assert!(!handle.is_null(), "cannot load {}", out.display());
         let symbol = |name: &CStr| {
@@ -96,11 +138,7 @@ fn build(kernels: &Path, flags: &[&str]) -> Library {
             found: Mutex::default(),
             running: Mutex::new(()),
         }
-    };
-    for file in [object, out] {
-        let _ = std::fs::remove_file(file);
     }
-    library
 }
 
 impl Library {
