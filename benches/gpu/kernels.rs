@@ -99,8 +99,8 @@ fn attention_case(
         gpu.room(u64::from(k.decode_workers()) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
     // As launched, with one more load under way per warp, and in blocks of four warps where those have eight.
-    let lengths_pages: Vec<u32> = lengths.iter().map(|l| l.div_ceil(16)).collect();
-    let line = |k: &Kernels| k.line(lengths_pages.iter().map(|&pages| (keep, pages)), true);
+    let pieces = lengths.iter().map(|l| (keep, l.div_ceil(16)));
+    let line = |k: &Kernels| k.line(pieces.clone(), true);
     let mut variants = vec![(k.stages, true), (k.stages + 1, true)];
     if line(&k).large {
         variants.push((k.stages, false));
@@ -110,12 +110,7 @@ fn attention_case(
         k.tuning.large = may_be_large;
         let line = line(&k);
         let launch = k.decode(batch, line.large, false);
-        let mut prefix = vec![0];
-        for &pages in &lengths_pages {
-            prefix.push(prefix.last().unwrap() + keep * line.piece(pages));
-        }
-        prefix.extend([line.workers, line.pages]);
-        let prefix = gpu.words(&prefix);
+        let prefix = gpu.words(&line.prefix(pieces.clone()).collect::<Vec<_>>());
         let params = |i: u64| DecodeParams {
             q: q.at,
             kv: pool.at.offset(i * layer_bytes),
@@ -143,9 +138,12 @@ fn attention_case(
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
         let kind = if ragged { "ragged" } else { "equal" };
+        let blocks = if line.large { " large" } else { "" };
         gpu.report(
             "attention_decode",
-            &format!("{heads}/{kv_heads} B={batch} S={context} {kind} density {density} stages {stages}{}", if line.large { " large" } else { "" }),
+            &format!(
+                "{heads}/{kv_heads} B={batch} S={context} {kind} density {density} stages {stages}{blocks}"
+            ),
             &format!(
                 r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"stages":{stages},"large":{}"#,
                 line.large

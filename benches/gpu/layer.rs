@@ -42,7 +42,8 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
     let (qkv_launch, qkv_splits) = k.linear(batch, n, HIDDEN);
     let (o_launch, o_splits) = k.linear(batch, HIDDEN, HEADS * HD);
     let (sums, delta) = (room(batch * n, 4 * qkv_splits), room(batch * HIDDEN, 4 * o_splits));
-    let line = k.line((0..batch).map(|_| (keep, context.div_ceil(16))), true);
+    let pieces = (0..batch).map(|_| (keep, context.div_ceil(16)));
+    let line = k.line(pieces.clone(), true);
     let decode = k.decode(batch, line.large, false);
     let parts = room(decode.grid.0 * 2 * (HEADS / KV_HEADS) * (HD + 4), 4);
     let (counters, selected, nan) = (room(batch * KV_HEADS, 4), room(batch * KV_HEADS, 2), room(1, 4));
@@ -59,8 +60,7 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
     let last = |b: u32| table[(b * each + each - 1) as usize];
     let slots = gpu.words(&(0..batch).map(|b| last(b) * 16 + (context - 1) % 16).collect::<Vec<_>>());
     let first: Vec<u32> = (0..batch).map(|b| b * each).collect();
-    let mut prefix: Vec<u32> = (0..=batch).map(|b| b * keep * line.piece(each)).collect();
-    prefix.extend([line.workers, line.pages]);
+    let prefix: Vec<u32> = line.prefix(pieces).collect();
     let [table, first, prefix, keeps, tokens, positions, skip] = [
         &table,
         &first,

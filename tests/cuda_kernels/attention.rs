@@ -103,7 +103,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let mut cache = Cache::new(&mut rng, c.dtype, c.hd, c.kv_heads, &c.lengths);
     let q = rng.vector(n * heads * c.hd, 1.0, c.dtype);
     let (mut tables, mut first_page, mut tokens, mut skip) = (vec![], vec![], vec![], vec![]);
-    let (mut selected, mut keep, mut prefix) = (vec![0xffffu16; n * c.kv_heads], vec![], vec![0u32]);
+    let (mut selected, mut keep) = (vec![0xffffu16; n * c.kv_heads], vec![]);
     let (mut expected, mut logs) = (vec![], vec![]);
     for b in 0..n {
         let length = c.lengths[b];
@@ -137,11 +137,12 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         skip.push((start % 16) as u32);
         let count = if length == 0 { 0 } else { kept.len() as u32 };
         keep.push(count);
-        let line = Line { large: c.large, workers: 0, pages: c.pages };
-        prefix.push(prefix[b] + count * line.piece((length - start / 16 * 16).div_ceil(16) as u32));
     }
-    let workers = if c.pages == 0 { (prefix[n] / c.min_pages).max(1) } else { keep.iter().sum() };
-    prefix.extend([workers, c.pages]);
+    let pieces = keep.iter().copied().zip(tokens.iter().map(|t| t.div_ceil(16)));
+    let mut line = Line { large: c.large, workers: 0, pages: c.pages };
+    let all: u32 = pieces.clone().map(|(keep, pages)| keep * line.piece(pages)).sum();
+    line.workers = if c.pages == 0 { (all / c.min_pages).max(1) } else { keep.iter().sum() };
+    let prefix: Vec<u32> = line.prefix(pieces).collect();
     tables.push(0);
     let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
     let launch = k.decode(n as u32, c.large, false);
@@ -295,33 +296,20 @@ pub fn decode_in_large_blocks() {
             decode(b, &Case { large, pages, multiprocessors, min_pages, group: 4, keep, ..case() })
         });
     }
-    let c = Case {
-        large: true,
-        hd: 128,
-        group: 8,
-        kv_heads: 1,
-        lengths: vec![16 * 60 + 3],
-        multiprocessors: 20,
-        min_pages: 1,
-        ..case()
-    };
-    decode(&Bench::new(3), &c);
+    decode(&Bench::new(3), &Case { large: true, ..one_long(60, 128, 8) });
+}
+
+/// A sequence of one KV head, in as many parts as there are workers.
+fn one_long(pages: usize, hd: usize, group: usize) -> Case {
+    let lengths = vec![16 * pages + 3];
+    Case { hd, group, kv_heads: 1, lengths, multiprocessors: 20, min_pages: 1, ..case() }
 }
 
 /// More parts than are merged at once, and more sequences than one look at the table finds.
 #[test]
 fn decode_many_parts_and_many_sequences() {
     for (hd, group) in [(64, 1), (128, 4), (256, 2), (80, 16)] {
-        let c = Case {
-            hd,
-            group,
-            kv_heads: 1,
-            lengths: vec![16 * 40 + 3],
-            multiprocessors: 20,
-            min_pages: 1,
-            ..case()
-        };
-        decode(&Bench::new(3), &c);
+        decode(&Bench::new(3), &one_long(40, hd, group));
     }
     for n in [31, 32, 33, 64, 65, 1030] {
         let lengths = (0..n).map(|i| if i % 5 == 1 { 0 } else { 1 + i * 7 % 40 }).collect();

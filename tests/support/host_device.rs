@@ -63,6 +63,8 @@ fn library(races: bool) -> &'static Library {
     })
 }
 
+const NO_COMPILER: &str = "g++ is needed to run the kernels on the CPU";
+
 /// A number for what a library is made of: every file of `cuda`, `kernels`, how they are compiled, and by what.
 fn ingredients(kernels: &Path, flags: &[&str]) -> u64 {
     let folders = [root().join("cuda"), root().join("cuda/host")];
@@ -74,8 +76,7 @@ fn ingredients(kernels: &Path, flags: &[&str]) -> u64 {
     for file in files {
         (&file, std::fs::read(&file).unwrap()).hash(&mut h);
     }
-    let version =
-        Command::new("g++").arg("--version").output().expect("g++ is needed to run the kernels on the CPU");
+    let version = Command::new("g++").arg("--version").output().expect(NO_COMPILER);
     (flags, version.stdout).hash(&mut h);
     h.finish()
 }
@@ -102,7 +103,7 @@ fn compiled(kernels: &Path, flags: &[&str]) -> PathBuf {
     let [object, out] = ["o", "part"].map(|end| folder.join(format!("{own}.{end}")));
     let compile = |arguments: &mut Command| {
         let command = arguments.args(["-std=c++20", "-fPIC", "-Wno-unknown-pragmas"]);
-        let status = command.status().expect("g++ is needed to run the kernels on the CPU");
+        let status = command.status().expect(NO_COMPILER);
         assert!(status.success(), "g++ could not compile cuda/host: {command:?}");
     };
     // Two steps, since the executor itself is not to be watched.

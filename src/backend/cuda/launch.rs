@@ -200,7 +200,8 @@ impl Kernels {
             Ok([one(1)?, one(2)?, one(4)?, one(8)?])
         };
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
-        let large = large_fits(head_dim, group, shared_per_block).then(|| sized("attention_decode_large"));
+        let large = large_fits(head_dim, group, (decode_blocks, stages), shared_per_block)
+            .then(|| sized("attention_decode_large"));
         let unsupported = |e: Error| {
             Error::unsupported(format!(
                 "head size {head_dim} with {group} query heads per KV head: {}",

@@ -4,6 +4,7 @@
 use super::launch::{Kernels, Launch};
 use super::params::SEGMENT_COST;
 use crate::error::{Error, Result};
+use std::iter::once;
 
 /// Bytes of the cache that decode attention keeps under way, a multiprocessor. Enough for the latency; more would
 /// only queue, and then some multiprocessors are served first and end early while others end late.
@@ -36,6 +37,17 @@ impl Line {
     pub fn piece(&self, pages: u32) -> u32 {
         SEGMENT_COST + pages.max(self.pages)
     }
+
+    /// Where the pieces of sequences with so many kept heads and pages begin, the line's end, and what the kernel reads
+    /// behind it (`DecodeParams::prefix`).
+    pub fn prefix(&self, pieces: impl Iterator<Item = (u32, u32)>) -> impl Iterator<Item = u32> {
+        let line = *self;
+        let ends = pieces.scan(0, move |end, (keep, pages)| {
+            *end += keep * line.piece(pages);
+            Some(*end)
+        });
+        once(0).chain(ends).chain([line.workers, line.pages])
+    }
 }
 
 impl Kernels {
@@ -56,7 +68,7 @@ impl Kernels {
         let small = (false, self.decode_workers(), SHARING_PAGES / self.decode_blocks);
         for (large, all, sharing) in [large, small] {
             // Without an even number, equal pieces would be shared; without sharing the others have nothing to do.
-            let each = count.div_ceil(even_workers(all, 1, false));
+            let each = count.div_ceil(even(all));
             let excess = (each * longest).saturating_sub(sharing).saturating_mul(all);
             if (!large || may_be_large)
                 && (1..=if large { 1 } else { MOST_PIECES }).contains(&each)
@@ -69,7 +81,7 @@ impl Kernels {
         }
         let line = sum + count * SEGMENT_COST;
         if may_be_large && count <= FEW_PIECES && longest >= LONG_PAGES && self.group >= MANY_ROWS {
-            let workers = (line / (2 * MIN_PAGES)).clamp(1, even_workers(self.multiprocessors, 1, false));
+            let workers = (line / (2 * MIN_PAGES)).clamp(1, even(self.multiprocessors));
             return Line { large: true, workers, pages: 0 };
         }
         Line { large: false, workers: (line / MIN_PAGES).max(1), pages: 0 }
@@ -84,7 +96,7 @@ impl Kernels {
     pub fn decode(&self, sequences: u32, large: bool, beside: bool) -> Launch {
         let large = self.decode_large.filter(|_| large);
         let (kernel, warps, blocks) = match large {
-            Some(kernel) => (kernel, 8, even_workers(self.multiprocessors, 1, false)),
+            Some(kernel) => (kernel, 8, even(self.multiprocessors)),
             None => (self.decode, 4, even_workers(self.decode_workers(), sequences, beside)),
         };
         let shared = bytes(warps, self.head_dim, self.group, self.stages);
@@ -92,18 +104,20 @@ impl Kernels {
     }
 }
 
-/// Blocks, of `all` that run at once.
+/// Of `all` blocks that run at once a multiple of 32, unless a small GPU would lose too much.
+fn even(all: u32) -> u32 {
+    let even = all / 32 * 32;
+    if 10 * even >= 9 * all { even } else { all }
+}
+
+/// Blocks of four warps for so many sequences, of `all` that run at once.
 ///
 /// Heads and small batches mostly come in powers of two, so that with a multiple of 32 blocks few of them have to share a
 /// sequence's head; and the places left over are for what comes next, or runs beside. On an H200 (256 blocks of
 /// 264) that makes steps of 8 sequences 2 to 5 % faster, at 32 only those with work beside; at 64 and 128 some steps are
 /// up to 8 % slower.
 fn even_workers(all: u32, sequences: u32, beside: bool) -> u32 {
-    const STEP: u32 = 32;
-    let few = sequences <= if beside { 32 } else { 16 };
-    let even = all / STEP * STEP;
-    // A small GPU would lose too much.
-    if few && 10 * even >= 9 * all { even } else { all }
+    if sequences <= if beside { 32 } else { 16 } { even(all) } else { all }
 }
 
 /// Blocks of four warps on a multiprocessor, two where registers and shared memory allow it, and stages of their warps.
@@ -122,11 +136,14 @@ pub(super) fn blocks_and_stages(head_dim: u32, group: u32, shared_per_block: u32
     )))
 }
 
-/// Whether there are blocks of eight warps, with as many stages, and room for one.
-pub(super) fn large_fits(head_dim: u32, group: u32, shared_per_block: u32) -> bool {
-    blocks_and_stages(head_dim, group, shared_per_block).is_ok_and(|(blocks, stages)| {
-        blocks == 2 && group <= 8 && bytes(8, head_dim, group, stages) <= shared_per_block
-    })
+/// Whether there are blocks of eight warps beside those, with as many stages, and room for one.
+pub(super) fn large_fits(
+    head_dim: u32,
+    group: u32,
+    (blocks, stages): (u32, u32),
+    shared_per_block: u32,
+) -> bool {
+    blocks == 2 && group <= 8 && bytes(8, head_dim, group, stages) <= shared_per_block
 }
 
 /// Shared memory of a block of so many warps.

@@ -23,8 +23,8 @@ use crate::sparsity::Rule;
 use std::ops::RangeInclusive;
 
 /// Share of neurons above which a layer runs dense. Measured at the shapes of OPT-6.7B: at .517 of the neurons 32
-/// rows gain 5 %, at .5 64 rows 4 %, and at .623 they lose 1 %. With more rows the dense products get cheaper per row, and the router
-/// chain waits for room beside attention.
+/// rows gain 5 %, at .5 64 rows 4 %, and at .623 they lose 1 %. With more rows the dense products get cheaper per row,
+/// and the router chain waits for room beside attention.
 pub(super) fn break_even(batch: u32) -> f32 {
     match batch {
         0..=16 => 0.6,

@@ -208,19 +208,16 @@ impl<D: Device> Cuda<D> {
             return Ok((qkv, Some(UnitLogits { sums, rows: sequences, by_unit: false })));
         }
         let by_unit = sequences > SKINNY_ROWS;
-        let (launch, logits) = match by_unit {
-            true => s.kernels.product_turned(of, size, b.unit_sums),
-            false => s.kernels.product(of, size, b.unit_sums),
+        let ((launch, logits), rows) = match by_unit {
+            true => (s.kernels.product_turned(of, size, b.unit_sums), n),
+            false => (s.kernels.product(of, size, b.unit_sums), sequences),
         };
         self.fork(s)?;
         self.go_beside(&launch, &logits)?;
         let qkv = self.product(s, (b.h, w), whole, b.sums)?;
         self.device.join()?;
         self.choose_neurons(s, step, neurons)?;
-        Ok((
-            qkv,
-            Some(UnitLogits { sums: logits.sums(), rows: if by_unit { n } else { sequences }, by_unit }),
-        ))
+        Ok((qkv, Some(UnitLogits { sums: logits.sums(), rows, by_unit })))
     }
 
     /// What to select the heads of a layer by.

@@ -356,18 +356,15 @@ fn put_plan(
 ) -> bool {
     let decode = t.rows.decode as usize;
     let at = w.space(plan_words(decode), 0);
-    let pages = |w: &Writer<'_>, b: usize| w.words[t.context + b].div_ceil(16);
-    let line = kernels.line((0..n).map(|b| (keep(b), pages(w, b))), alone);
-    let mut sum = 0u32;
-    for b in 0..decode {
-        if b < n {
-            w.words[at + b] = keep(b);
-            sum += keep(b) * line.piece(pages(w, b));
-        }
-        w.words[at + decode + b + 1] = sum;
+    let (lists, plan) = w.words.split_at_mut(at);
+    let (kept, prefix) = plan.split_at_mut(decode);
+    for (b, kept) in kept[..n].iter_mut().enumerate() {
+        *kept = keep(b);
     }
-    w.words[at + 2 * decode + 1] = line.workers;
-    w.words[at + 2 * decode + 2] = line.pages;
+    let pages = lists[t.context..].iter().map(|tokens| tokens.div_ceil(16));
+    let pieces = kept.iter().copied().zip(pages);
+    let line = kernels.line(pieces.clone(), alone);
+    prefix.iter_mut().zip(line.prefix(pieces)).for_each(|(word, value)| *word = value);
     line.large
 }
 
