@@ -20,6 +20,7 @@ const HOT: &[&str] = &[
     "linear_skinny_",
     "linear_up_",
     "linear_wide_",
+    "linear_activated_",
     "linear_down_",
     "mlp_down_",
     "router_scores_",

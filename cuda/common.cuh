@@ -84,6 +84,9 @@ template <class T> DEVICE void store4(void* to, uint64_t i, const Floats4& x) {
     *(Words2*)((T*)to + i) = Words2{{pack2<T>(x.v[0], x.v[1]), pack2<T>(x.v[2], x.v[3])}};
 }
 
+// x / (1 + 2^(-x log2 e))
+DEVICE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-1.44269504f * x)); }
+
 // Bits that sort as floats do; -0 as 0, NaN below everything.
 DEVICE uint32_t sort_key(float v) {
     if (v != v) return 0;

@@ -6,6 +6,7 @@
 #include "linear_down.cu"
 #include "linear_wide.cu"
 #include "linear_tile.cu"
+#include "linear_activated.cu"
 #include "rows.cu"
 #include "select.cu"
 #include "plan.cu"

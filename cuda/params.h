@@ -206,6 +206,21 @@ struct ActivateParams {
     uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
 };
 
+// A product of up to 8 rows with the activation of its sums: an MLP's first one, or a router's.
+struct ActivatedParams {
+    const void* x;          // T [rows][k]
+    const void* w;          // T [n][k], or [2 n][k] with the gate's rows first
+    const uint32_t* index;  // null: neuron j; else neuron index[j], complete before the kernel ahead began; not with a gate
+    const void* gate_bias;  // T by neuron, null: none
+    const void* up_bias;
+    void* out;              // T [rows][n]
+    uint32_t rows;
+    uint32_t n;
+    uint32_t k;             // a multiple of 8
+    uint32_t valid;         // columns of out from here on become zero
+    uint32_t kind;          // as ActivateParams has it
+};
+
 // The MLP router's second product, as scores of the neurons.
 struct RouterParams {
     const void* z;          // T [rows][rank]

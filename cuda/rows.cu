@@ -187,9 +187,8 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
         Floats4 y;
         UNROLL for (int j = 0; j < 4; j++) {
             const float u = sum[0].v[j], g = sum[1].v[j];
-            // silu(x) = x / (1 + 2^(-x log2 e))
             if (p.kind == 0) y.v[j] = u > 0 ? u : 0.0f;
-            else if (p.kind == 1) y.v[j] = g * reciprocal_fast(1.0f + exp2_fast(-1.44269504f * g)) * u;
+            else if (p.kind == 1) y.v[j] = silu(g) * u;
             else if (p.kind == 2) y.v[j] = (g > 0 ? g : 0.0f) * u;
             else y.v[j] = u;
             if (i + j >= p.valid || !(on >> j & 1)) y.v[j] = 0;

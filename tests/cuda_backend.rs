@@ -444,8 +444,10 @@ fn side_work_may_run_at_any_time_before_the_join() {
     }
     let serial = Tuning { beside: false, ..Tuning::default() };
     assert!(run(0, serial) == first, "all in one stream");
-    let unmade = Tuning { made: false, ..Tuning::default() };
-    assert!(run(1, unmade) == run(2, unmade), "with an activation between the products");
+    for made in [false, true] {
+        let apart = Tuning { activated: false, made, ..Tuning::default() };
+        assert!(run(1, apart) == run(2, apart), "activation by {}", if made { "down" } else { "itself" });
+    }
 }
 
 /// A step that fails after the fork leaves neither side work nor a recording behind.

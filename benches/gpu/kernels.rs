@@ -228,10 +228,16 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             let kept = (f64::from(ffn) * share / 8.0) as u32 * 8;
             product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
-            if rows <= MADE_ROWS {
-                mlp(gpu, true, share, (rows, kept, d, ffn));
+            for by in [Activation::Apart, Activation::Up, Activation::Down] {
+                let serves = match by {
+                    Activation::Apart => true,
+                    Activation::Up => gpu.kernels(128, 1).activated(rows, kept, d, false).is_some(),
+                    Activation::Down => rows <= MADE_ROWS,
+                };
+                if serves {
+                    mlp(gpu, by, share, (rows, kept, d, ffn));
+                }
             }
-            mlp(gpu, false, share, (rows, kept, d, ffn));
         }
     }
     for rows in [1, 8, 32, 64] {
@@ -319,8 +325,20 @@ fn select(gpu: &Gpu, scores: Ptr, n: u32, keep: u32, what: &str) {
     );
 }
 
+/// What makes the activations of a selective MLP.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Activation {
+    /// A kernel of its own.
+    Apart,
+    /// The up product.
+    Up,
+    /// Each block of the down product.
+    Down,
+}
+
 /// Norm, up, activation and down of a layer one after another, as a step runs them.
-fn mlp(gpu: &Gpu, made: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
+fn mlp(gpu: &Gpu, by: Activation, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
+    let made = by == Activation::Down;
     let k = gpu.kernels(128, 1);
     let matrix = u64::from(ffn) * u64::from(d) * 2;
     let copies = gpu.copies(2 * u64::from(kept) * u64::from(d) * 2);
@@ -332,6 +350,7 @@ fn mlp(gpu: &Gpu, made: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, 
     let [residual, h, y, sums, delta] = [1, 1, 1, 32, 32].map(|parts| gpu.room(parts * wide));
     let weight = gpu.random(u64::from(d), 1.0);
     let (up_launch, up_splits) = k.linear_up(rows, kept, d);
+    let both = k.activated(rows, kept, d, false).filter(|_| by == Activation::Up);
     let (made_launch, made_splits) = k.mlp_down(d, kept);
     let (down_launch, down_splits) = k.linear_transposed(rows, d, kept);
     let splits = if made { made_splits } else { down_splits };
@@ -361,7 +380,14 @@ fn mlp(gpu: &Gpu, made: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, 
             splits,
             ..Default::default()
         };
-        gpu.start(&up_launch, &product(h.at, w_up, sums.at, kept, d, up_splits));
+        if let Some(launch) = both {
+            let (x, w, index, out) = (h.at, w_up, index.at, y.at);
+            let up =
+                ActivatedParams { x, w, index, out, rows, n: kept, k: d, valid: kept, ..Default::default() };
+            gpu.start(&launch, &up);
+        } else {
+            gpu.start(&up_launch, &product(h.at, w_up, sums.at, kept, d, up_splits));
+        }
         if !made {
             let act = ActivateParams {
                 input: up_sums,
@@ -373,7 +399,9 @@ fn mlp(gpu: &Gpu, made: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, 
                 valid: kept,
                 ..ActivateParams::default()
             };
-            gpu.start(&k.activate(rows, kept), &act);
+            if both.is_none() {
+                gpu.start(&k.activate(rows, kept), &act);
+            }
             gpu.start(&down_launch, &product(y.at, w_down, delta.at, d, kept, down_splits));
         } else {
             let params = DownParams {
@@ -393,8 +421,8 @@ fn mlp(gpu: &Gpu, made: bool, share: f64, (rows, kept, d, ffn): (u32, u32, u32, 
     });
     gpu.report(
         "mlp",
-        &format!("norm, up, down {share} B={rows} made {made} splits {up_splits} {splits}"),
-        &format!(r#""rows":{rows},"share":{share},"made":{made}"#),
+        &format!("norm, up, down {share} B={rows} activation {by:?} splits {up_splits} {splits}"),
+        &format!(r#""rows":{rows},"share":{share},"activation":"{by:?}""#),
         us,
         2.0 * f64::from(kept) * f64::from(d) * 2.0,
     );

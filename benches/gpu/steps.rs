@@ -15,12 +15,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments that make steps with another choice between equivalent launches.
-pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:small"];
+pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:small", "tuning:parts"];
 
 /// What those arguments say.
 fn tuning() -> Tuning {
     let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
-    Tuning { beside: !wants("serial"), made: !wants("unmade"), large: !wants("small") }
+    Tuning {
+        beside: !wants("serial"),
+        made: !wants("unmade"),
+        large: !wants("small"),
+        activated: !wants("parts"),
+    }
 }
 
 struct Greedy;

@@ -38,6 +38,7 @@ const Named kernels[] = {
     BOTH(router_scores_made, RouterParams)
     BOTH(linear_tile_nt, LinearParams)
     BOTH(linear_tile_nn, LinearParams)
+    BOTH(linear_activated, ActivatedParams)
     BOTH(embed, EmbedParams)
     BOTH(norm, NormParams)
     BOTH(qkv, QkvParams)
@@ -83,7 +84,7 @@ extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
                               sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PlanParams),
                               sizeof(ZeroParams), sizeof(MarkParams), sizeof(PrefillTile),
-                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(ActivatedParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
                               sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;

@@ -3,6 +3,7 @@
 //! and POLAR_TEST_GPU=1 the same cases run on the first GPU.
 #![allow(unreachable_pub, dead_code, clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
 
+mod activated;
 mod attention;
 mod bench;
 #[cfg(feature = "cuda")]

@@ -3,7 +3,7 @@
 
 use crate::bench::with_races;
 use crate::host_device::{self, Library, root};
-use crate::{attention, linear, ops, ops_mlp, rows, sampling, selection};
+use crate::{activated, attention, linear, ops, ops_mlp, rows, sampling, selection};
 use polar_sparsity::backend::cuda::launch::{Id, Launch, NAMES};
 use polar_sparsity::backend::cuda::params::Ptr;
 
@@ -29,6 +29,8 @@ const CASES: &[fn()] = &[
     linear::down_products_of_chunks,
     linear::down_products_that_make_their_input,
     linear::router_products_leave_scores,
+    activated::products_with_an_activation_at_every_edge,
+    activated::products_of_listed_rows_with_an_activation,
     linear::tiled_products_with_ragged_edges,
     selection::heads,
     selection::neurons,

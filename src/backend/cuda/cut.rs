@@ -115,6 +115,48 @@ impl WideCut {
     }
 }
 
+/// How a product with its activation cuts its work, see `linear_activated.cu`.
+pub(super) struct ActivatedCut {
+    pub(super) blocks: u32,
+    /// Of a block.
+    pub(super) threads: u32,
+    pub(super) shared: u32,
+}
+
+impl ActivatedCut {
+    const MOST_ROWS: u32 = 8;
+    const WARPS: u32 = 8;
+    /// Steps under way, each 8 lines of 256 k; most steps of k that a warp keeps its x of.
+    const DEPTH: u32 = 3;
+    const LINES: u32 = 8;
+    const STEP: u32 = 256;
+    const SUBS: u32 = 2;
+    /// Lines whose sums are added at a time.
+    const ROUND: u32 = 7 * Self::LINES;
+
+    /// For so many lines of `w` of `k`, `per` for each neuron. None where the kernel does not serve, or two blocks have no
+    /// room on a multiprocessor.
+    ///
+    /// The norm ahead fills a multiprocessor for each row: blocks are as many as have room beside it, so that all of them
+    /// start on their weights meanwhile.
+    pub(super) fn new(
+        rows: u32,
+        (n, per, k): (u32, u32, u32),
+        multiprocessors: u32,
+        shared_per_block: u32,
+    ) -> Option<ActivatedCut> {
+        let free = if multiprocessors > 4 * rows { multiprocessors - rows } else { multiprocessors };
+        let blocks = (n * per).div_ceil(Self::LINES).clamp(1, 2 * free);
+        let lines = (n.div_ceil(blocks) * per).next_multiple_of(Self::LINES);
+        let shared =
+            Self::WARPS * (Self::DEPTH * Self::LINES * Self::STEP * 2 + Self::ROUND * 8 * 4) + 8 * lines;
+        let serves = rows <= Self::MOST_ROWS
+            && k.div_ceil(Self::STEP) <= Self::SUBS * Self::WARPS
+            && 2 * (shared + 1024) <= shared_per_block + 1024;
+        serves.then_some(ActivatedCut { blocks, threads: 32 * Self::WARPS, shared })
+    }
+}
+
 /// Steps of the loop that filling and draining a block's pipeline costs.
 const FILL_STEPS: f64 = 4.0;
 

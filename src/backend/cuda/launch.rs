@@ -58,7 +58,7 @@ macro_rules! names {
     };
 }
 
-names! { "embed" "norm" "qkv" "activate" "select_heads" "linear_tile_nt" "linear_tile_nn"
+names! { "embed" "norm" "qkv" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
 "mlp_down" "router_scores_made";
 by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "router_scores" "router_scores_bytes" }
 
@@ -112,11 +112,13 @@ pub struct Tuning {
     pub made: bool,
     /// Decode attention may run in blocks of eight warps, see [`Kernels::line`].
     pub large: bool,
+    /// Products of few rows do their activation too, see [`Kernels::activated`].
+    pub activated: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true, large: true }
+        Tuning { beside: true, made: true, large: true, activated: true }
     }
 }
 
@@ -127,6 +129,7 @@ pub struct Kernels {
     norm: Id,
     qkv: Id,
     activate: Id,
+    pub(super) activated: Id,
     select_heads: Id,
     tile: [Id; 2],
     scores: Id,
@@ -163,7 +166,7 @@ pub struct Kernels {
     pub stages: u32,
     pub(super) decode_blocks: u32,
     pub(super) multiprocessors: u32,
-    shared_per_block: u32,
+    pub(super) shared_per_block: u32,
 }
 
 fn by_name(name: &str) -> Result<Id> {
@@ -213,6 +216,7 @@ impl Kernels {
             norm: each("norm")?,
             qkv: each("qkv")?,
             activate: each("activate")?,
+            activated: each("linear_activated")?,
             select_heads: each("select_heads")?,
             tile: [each("linear_tile_nt")?, each("linear_tile_nn")?],
             scores: by_name("neuron_scores")?,

@@ -44,8 +44,8 @@ pub(super) struct Routing {
     rank: u32,
     /// The router's second matrix, its scales, and bytes of a row.
     up: (Ptr, Ptr, u32),
-    /// Of its first product.
-    sums: Partial,
+    /// Of its first product; none: that left its output itself.
+    sums: Option<Partial>,
     /// Groups that choose: which, the first, and how many.
     groups: (Groups, u32, u32),
 }
@@ -91,16 +91,17 @@ impl<D: Device> Cuda<D> {
         let Some(groups) = Self::choosing(s, step, layer) else { return Ok(None) };
         let (rows, rank) = (s.tables.rows().decode, l.rank as u32);
         let (b, size) = (s.buffers, (rows, rank, s.shape.hidden as u32));
-        let most = if rows <= ROUTER_MADE_ROWS { ROUTER_MADE_SPLITS } else { u32::MAX };
-        let (launch, narrow) = s.kernels.product_in_parts(most, (b.h, l.down), size, b.router_sums);
-        self.go(s, &launch, &narrow)?;
-        Ok(Some(Routing {
-            layer,
-            rank,
-            up: (l.up, l.up_scales, l.up_stride() as u32),
-            sums: narrow.sums(),
-            groups,
-        }))
+        let z = ActivateParams { out: b.z, rows, n: rank, valid: rank, kind: 3, ..Default::default() };
+        let sums = if self.product_activated(s, (b.h, l.down, size.2), &z)? {
+            None
+        } else {
+            let most = if rows <= ROUTER_MADE_ROWS { ROUTER_MADE_SPLITS } else { u32::MAX };
+            let (launch, narrow) = s.kernels.product_in_parts(most, (b.h, l.down), size, b.router_sums);
+            self.go(s, &launch, &narrow)?;
+            Some(narrow.sums())
+        };
+        let up = (l.up, l.up_scales, l.up_stride() as u32);
+        Ok(Some(Routing { layer, rank, up, sums, groups }))
     }
 
     /// Forks: scores of the neurons, and their lists and masks.
@@ -124,7 +125,7 @@ impl<D: Device> Cuda<D> {
         let (rows, ffn, b) = (s.tables.rows().decode, s.shape.ffn as u32, s.buffers);
         let whole = RouterParams {
             z: b.z,
-            first: sums,
+            first: sums.unwrap_or_default(),
             w: up,
             scales,
             scores: b.neuron_scores,
@@ -136,12 +137,15 @@ impl<D: Device> Cuda<D> {
             first_group,
             more: 0,
         };
-        if let Some(launch) = s.kernels.router_scores_made(rows, ffn, rank) {
+        let made = sums.and_then(|_| s.kernels.router_scores_made(rows, ffn, rank));
+        if let Some(launch) = made {
             self.go_beside(&launch, &whole)?;
         } else {
-            let (out, n, valid) = (b.z, rank, rank);
-            let z = ActivateParams { input: sums, out, rows, n, valid, kind: 3, ..Default::default() };
-            self.go_beside(&s.kernels.activate(rows, rank), &z)?;
+            if let Some(input) = sums {
+                let (out, n, valid) = (b.z, rank, rank);
+                let z = ActivateParams { input, out, rows, n, valid, kind: 3, ..Default::default() };
+                self.go_beside(&s.kernels.activate(rows, rank), &z)?;
+            }
             for first in (0..rows).step_by(SKINNY_ROWS as usize) {
                 let rows = SKINNY_ROWS.min(rows - first);
                 let params = RouterParams {
@@ -190,40 +194,29 @@ impl<D: Device> Cuda<D> {
             return Ok(false);
         }
         let (d, n) = (s.shape.hidden as u32, kept.next_multiple_of(8));
-        let (launch, splits) = s.kernels.linear_up(rows, n, d);
-        let (x, w, index, out) = (b.h, l.first, b.index, b.sums);
-        let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
-        self.go(s, &launch, &up)?;
-        let input = up.sums();
-        let sum = if s.kernels.makes_input(rows) {
-            let (launch, splits) = s.kernels.mlp_down(d, n);
-            let params = DownParams {
-                up: input,
-                up_bias: l.up_bias,
-                w: l.down.weight,
-                index: b.index,
-                out: b.delta,
-                rows,
-                n: d,
-                k: n,
-                valid: kept,
-                splits,
-            };
-            self.go(s, &launch, &params)?;
-            Partial { data: b.delta, splits, columns: d }
-        } else {
-            let act = ActivateParams {
-                input,
-                up_bias: l.up_bias,
-                index: b.index,
-                out: b.y,
-                rows,
-                n,
-                valid: kept,
-                ..Default::default()
-            };
-            self.go(s, &s.kernels.activate(rows, n), &act)?;
-            self.product_transposed(s, (b.y, l.down.weight, b.index), (rows, d, n), b.delta)?
+        let index = b.index;
+        let (up_bias, out) = (l.up_bias, b.y);
+        let mut act = ActivateParams { up_bias, index, out, rows, n, valid: kept, ..Default::default() };
+        let mut sum = None;
+        if !self.product_activated(s, (b.h, l.first, d), &act)? {
+            let (launch, splits) = s.kernels.linear_up(rows, n, d);
+            let (x, w, out) = (b.h, l.first, b.sums);
+            let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
+            self.go(s, &launch, &up)?;
+            act.input = up.sums();
+            if s.kernels.makes_input(rows) {
+                let (launch, splits) = s.kernels.mlp_down(d, n);
+                let (up, w, out) = (act.input, l.down.weight, b.delta);
+                let down = DownParams { up, up_bias, w, index, out, rows, n: d, k: n, valid: kept, splits };
+                self.go(s, &launch, &down)?;
+                sum = Some(Partial { data: b.delta, splits, columns: d });
+            } else {
+                self.go(s, &s.kernels.activate(rows, n), &act)?;
+            }
+        }
+        let sum = match sum {
+            Some(sum) => sum,
+            None => self.product_transposed(s, (b.y, l.down.weight, index), (rows, d, n), b.delta)?,
         };
         s.pending = Pending { sum, bias: l.down.bias };
         Ok(true)

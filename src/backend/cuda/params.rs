@@ -104,6 +104,11 @@ params! {
         rows: u32, n: u32, valid: u32, kind: u32,
     }
     /// See the header.
+    ActivatedParams {
+        x: Ptr, w: Ptr, index: Ptr, gate_bias: Ptr, up_bias: Ptr, out: Ptr,
+        rows: u32, n: u32, k: u32, valid: u32, kind: u32,
+    }
+    /// See the header.
     RouterParams {
         z: Ptr, first: Partial, w: Ptr, scales: Ptr, scores: Ptr, group: Ptr,
         rows: u32, n: u32, rank: u32, stride: u32, first_group: u32, more: u32,
@@ -143,7 +148,7 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 25] {
+pub fn sizes() -> [usize; 26] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
@@ -160,6 +165,7 @@ pub fn sizes() -> [usize; 25] {
         s::<PrefillTile>(),
         s::<PrefillParams>(),
         s::<ActivateParams>(),
+        s::<ActivatedParams>(),
         s::<RouterParams>(),
         s::<NeuronParams>(),
         s::<ArgmaxParams>(),

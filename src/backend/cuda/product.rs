@@ -1,6 +1,6 @@
 //! A dense product by our own kernel: its launch, its parameters, and where its sums lie.
 
-use super::cut::WideCut;
+use super::cut::{ActivatedCut, WideCut};
 use super::device::Device;
 use super::launch::{Kernels, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, MADE_ROWS, SKINNY_ROWS};
 use super::params::{LinearParams, Partial, Ptr};
@@ -34,6 +34,20 @@ impl Kernels {
     pub(super) fn carries_router(&self, rows: u32, n: u32) -> bool {
         rows <= LIBRARY_ROWS && n < LIBRARY_COLUMNS
             || self.warpgroups && rows <= SKINNY_ROWS && n <= LIBRARY_COLUMNS / 2
+    }
+
+    /// A product of few rows that leaves activations, not sums: of `n` neurons, with a gate twice as many rows of `w`. None
+    /// where other kernels must do it.
+    pub fn activated(&self, rows: u32, n: u32, k: u32, gated: bool) -> Option<Launch> {
+        let per = if gated { 2 } else { 1 };
+        let cut = ActivatedCut::new(rows, (n, per, k), self.multiprocessors, self.shared_per_block)?;
+        let launch = Launch {
+            kernel: self.activated,
+            grid: (cut.blocks, 1),
+            threads: cut.threads,
+            shared: cut.shared,
+        };
+        self.tuning.activated.then_some(launch)
     }
 
     /// A product of up to [`SKINNY_ROWS`](super::launch::SKINNY_ROWS) rows by warpgroups, where they can; `k_lines`: the

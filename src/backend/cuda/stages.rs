@@ -84,6 +84,22 @@ impl<D: Device> Cuda<D> {
         self.multiply(s, &s.kernels.product_transposed(of, size, out), true)
     }
 
+    /// A product of `x` with `k` columns and what `act` makes of its sums, where one kernel does both; false: none does.
+    pub(super) fn product_activated(
+        &self,
+        s: &CudaScratch<D>,
+        (x, w, k): (Ptr, Ptr, u32),
+        act: &ActivateParams,
+    ) -> Result<bool> {
+        let gated = act.kind == 1 || act.kind == 2;
+        let launch = s.kernels.activated(act.rows, act.n, k, gated).filter(|_| act.masks == Ptr::NULL);
+        let Some(launch) = launch else { return Ok(false) };
+        let &ActivateParams { index, gate_bias, up_bias, out, rows, n, valid, kind, .. } = act;
+        let params = ActivatedParams { x, w, index, gate_bias, up_bias, out, rows, n, k, valid, kind };
+        self.go(s, &launch, &params)?;
+        Ok(true)
+    }
+
     /// Adds the pending sums to the residual stream and norms it.
     pub(super) fn norm(
         &self,
@@ -389,9 +405,11 @@ impl<D: Device> Cuda<D> {
             act.masks = b.masks;
             act.group = s.tables.groups(which);
         }
-        let width = s.shape.first() as u32;
-        act.input = self.product(s, (b.h, l.first), (rows, width, d), b.sums)?;
-        self.go(s, &s.kernels.activate(rows, neurons), &act)?;
+        if !self.product_activated(s, (b.h, l.first, d), &act)? {
+            let width = s.shape.first() as u32;
+            act.input = self.product(s, (b.h, l.first), (rows, width, d), b.sums)?;
+            self.go(s, &s.kernels.activate(rows, neurons), &act)?;
+        }
         let size = (rows, d, neurons);
         let sum = if s.shape.gated {
             self.product(s, (b.y, l.down.weight), size, b.delta)?

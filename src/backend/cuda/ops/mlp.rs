@@ -7,7 +7,8 @@ use super::{
 use crate::backend::cuda::launch::{Kernels, Launch, SKINNY_ROWS};
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{
-    ActivateParams, DownParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr, RouterParams,
+    ActivateParams, ActivatedParams, DownParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr,
+    RouterParams,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -160,7 +161,7 @@ impl Operator for Mlp {
 
     fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout {
         let run = self.run();
-        let first = sum_floats(self.first(k).1, self.rows, run);
+        let first = if self.both(k).is_some() { 0 } else { sum_floats(self.first(k).1, self.rows, run) };
         let second = sum_floats(self.second(k).1, self.rows, self.hidden);
         let y = if self.made(k) { 0 } else { self.rows as usize * run as usize };
         MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
@@ -183,9 +184,14 @@ impl Mlp {
         if self.index == Ptr::NULL { k.linear(rows, n, d) } else { k.linear_up(rows, n, d) }
     }
 
+    /// The first product's launch where it does its activation too.
+    fn both(&self, k: &Kernels) -> Option<Launch> {
+        k.activated(self.rows, self.run(), self.hidden, false)
+    }
+
     /// Whether the second product makes its own input from the first one's sums.
     fn made(&self, k: &Kernels) -> bool {
-        self.index != Ptr::NULL && k.makes_input(self.rows)
+        self.index != Ptr::NULL && k.makes_input(self.rows) && self.both(k).is_none()
     }
 
     /// The second product's launch and parts.
@@ -232,18 +238,18 @@ impl Ops {
         }
         queue.go(&k.mark_rows(), &mark)?;
         queue.settle();
-        let (launch, narrow) = k.product((op.x, op.down), (op.rows, op.rank, op.hidden), l.narrow);
-        queue.go(&launch, &narrow)?;
-        let z = ActivateParams {
-            input: narrow.sums(),
-            out: l.z,
-            rows: op.rows,
-            n: op.rank,
-            valid: op.rank,
-            kind: NO_ACTIVATION,
-            ..Default::default()
-        };
-        queue.go(&k.activate(op.rows, op.rank), &z)?;
+        let (rows, n, out, kind) = (op.rows, op.rank, l.z, NO_ACTIVATION);
+        if let Some(launch) = k.activated(rows, n, op.hidden, false) {
+            let (x, w, k) = (op.x, op.down, op.hidden);
+            let z = ActivatedParams { x, w, out, rows, n, k, valid: n, kind, ..Default::default() };
+            queue.go(&launch, &z)?;
+        } else {
+            let (launch, narrow) = k.product((op.x, op.down), (rows, n, op.hidden), l.narrow);
+            queue.go(&launch, &narrow)?;
+            let input = narrow.sums();
+            let z = ActivateParams { input, out, rows, n, valid: n, kind, ..Default::default() };
+            queue.go(&k.activate(rows, n), &z)?;
+        }
         if op.rows <= SKINNY_ROWS {
             let scores = RouterParams {
                 z: l.z,
@@ -282,58 +288,47 @@ impl Ops {
         optional("down_bias", op.down_bias, 8)?;
         let l = op.places(k)?;
         let (queue, run) = (Queue::new(launcher), op.run());
-        let (launch, splits) = op.first(k);
-        let up = LinearParams {
-            x: op.x,
-            w: op.up,
-            index: op.index,
-            out: l.sums,
-            rows: op.rows,
-            n: run,
-            k: op.hidden,
-            splits,
-            ..Default::default()
-        };
-        queue.go(&launch, &up)?;
-        let first = Partial { data: l.sums, splits, columns: run };
-        let (launch, splits) = op.second(k);
-        if op.made(k) {
-            let down = DownParams {
-                up: first,
-                up_bias: op.up_bias,
-                w: op.down,
-                index: op.index,
-                out: l.delta,
-                rows: op.rows,
-                n: op.hidden,
-                k: run,
-                valid: op.keep,
-                splits,
+        let (index, up_bias, rows, hidden) = (op.index, op.up_bias, op.rows, op.hidden);
+        let valid = if index == Ptr::NULL { run } else { op.keep };
+        let mut first = Partial::default();
+        if let Some(launch) = op.both(k) {
+            let (x, w, out) = (op.x, op.up, l.y);
+            let up = ActivatedParams {
+                x,
+                w,
+                index,
+                up_bias,
+                out,
+                rows,
+                n: run,
+                k: hidden,
+                valid,
+                ..Default::default()
             };
+            queue.go(&launch, &up)?;
+        } else {
+            let (launch, splits) = op.first(k);
+            let (x, w, out) = (op.x, op.up, l.sums);
+            let up = LinearParams { x, w, index, out, rows, n: run, k: hidden, splits, ..Default::default() };
+            queue.go(&launch, &up)?;
+            first = up.sums();
+        }
+        let (launch, splits) = op.second(k);
+        let (w, out) = (op.down, l.delta);
+        if op.made(k) {
+            let up = first;
+            let down = DownParams { up, up_bias, w, index, out, rows, n: hidden, k: run, valid, splits };
             queue.go(&launch, &down)?;
         } else {
-            let activation = ActivateParams {
-                input: first,
-                up_bias: op.up_bias,
-                index: op.index,
-                out: l.y,
-                rows: op.rows,
-                n: run,
-                valid: if op.index == Ptr::NULL { run } else { op.keep },
-                ..Default::default()
-            };
-            queue.go(&k.activate(op.rows, run), &activation)?;
-            let down = LinearParams {
-                x: l.y,
-                w: op.down,
-                index: op.index,
-                out: l.delta,
-                rows: op.rows,
-                n: op.hidden,
-                k: run,
-                splits,
-                ..Default::default()
-            };
+            if first.splits > 0 {
+                let (input, out) = (first, l.y);
+                let activation =
+                    ActivateParams { input, up_bias, index, out, rows, n: run, valid, ..Default::default() };
+                queue.go(&k.activate(rows, run), &activation)?;
+            }
+            let x = l.y;
+            let down =
+                LinearParams { x, w, index, out, rows, n: hidden, k: run, splits, ..Default::default() };
             queue.go(&launch, &down)?;
         }
         let sum = ActivateParams {
