@@ -5,7 +5,8 @@
 //! beside what their bytes allow and what the roofline does, with large products measured here too.
 //!
 //! Arguments: names of parts and of models (none: all), `--results FOLDER` for the records,
-//! `--append` to add them to what is there. `few-steps` are the steps that DESIGN's table names.
+//! `--append` to add them to what is there. `few-steps` are the steps that DESIGN's table names, `only:8x2048,64x2048`
+//! those of a batch and context.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a program that prints a table")]
 #![allow(unreachable_pub, reason = "shares a module with a program whose items are public")]
 
@@ -45,7 +46,7 @@ fn main() {
         match a.as_str() {
             "--results" => results = arguments.next().map(PathBuf::from),
             "--append" => append = true,
-            _ if steps::TUNINGS.contains(&a.as_str()) => {} // steps reads them
+            _ if steps::TUNINGS.contains(&a.as_str()) || a.starts_with(steps::ONLY) => {} // steps reads them
             _ if is_part => parts.push(a),
             _ if models::all().any(|m| m.name == a) => models.push(a),
             other => {

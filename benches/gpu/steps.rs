@@ -17,6 +17,9 @@ use std::time::Instant;
 /// Arguments that make steps with another choice between equivalent launches.
 pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:small", "tuning:parts"];
 
+/// Begins an argument that names the points to run.
+pub(crate) const ONLY: &str = "only:";
+
 /// What those arguments say.
 fn tuning() -> Tuning {
     let wants = |what: &str| std::env::args().any(|a| a.strip_prefix("tuning:") == Some(what));
@@ -26,6 +29,13 @@ fn tuning() -> Tuning {
         large: !wants("small"),
         activated: !wants("parts"),
     }
+}
+
+/// Whether an argument `only:64x2048,…` names this batch and context, or there is none.
+fn named(batch: u32, context: u32) -> bool {
+    let point = format!("{batch}x{context}");
+    let mut lists = std::env::args().filter_map(|a| a.strip_prefix(ONLY).map(str::to_owned)).peekable();
+    lists.peek().is_none() || lists.any(|l| l.split(',').any(|p| p == point))
 }
 
 struct Greedy;
@@ -46,6 +56,8 @@ impl History for Greedy {
 /// a GPU that was idle takes a while to reach the clocks it has in service.
 const WARM_UP: usize = 3;
 const WARM_UP_MS: u128 = 150;
+/// The same for a model's first setting, which follows the long hot steps of the model before.
+const FIRST_WARM_UP_MS: u128 = 600;
 const TIMED: usize = 15;
 
 /// Median of whole steps, and of the host's part of them, milliseconds.
@@ -66,20 +78,22 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
         }
         let cuda = Cuda::new(Arc::clone(device), true).tuned(tuning());
         let told = device.product_choices().len();
+        let mut warm_up = FIRST_WARM_UP_MS;
         let weights = CudaWeights::random(device, &model.spec).unwrap();
         let info = model.routers();
         let routers = CudaRouters::random(device, &model.spec, &info).unwrap();
         for batch in [1u32, 8, 32, 64, 128, 256] {
             for context in [1024u32, 2048, 4096, 8192] {
                 let planned = matches!((batch, context), (1, 1024) | (8, 2048) | (64, 2048) | (64, 8192));
-                if context > model.spec.max_positions || (few && !planned) {
+                if context > model.spec.max_positions || (few && !planned) || !named(batch, context) {
                     continue;
                 }
                 let bytes = u64::from(batch) * u64::from(context / 16) * cuda.page_bytes(&weights);
                 if bytes + (3 << 30) > cuda.free_memory().unwrap() {
                     continue;
                 }
-                point(gpu, &cuda, &weights, &routers, &model, batch, context);
+                point(gpu, &cuda, &weights, &routers, &model, batch, context, warm_up);
+                warm_up = WARM_UP_MS;
             }
         }
         for c in device.product_choices().split_off(told) {
@@ -91,6 +105,7 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "one call")]
 fn point(
     gpu: &Gpu,
     cuda: &Cuda<Driver>,
@@ -99,6 +114,7 @@ fn point(
     model: &Model,
     batch: u32,
     context: u32,
+    warm_up: u128,
 ) {
     let pages = context.div_ceil(16) as usize * batch as usize;
     let limits =
@@ -114,7 +130,7 @@ fn point(
         let began = Instant::now();
         let mut i = 0;
         while whole.len() < TIMED {
-            let warm = i >= WARM_UP && began.elapsed().as_millis() >= WARM_UP_MS;
+            let warm = i >= WARM_UP && began.elapsed().as_millis() >= warm_up;
             // The second step of a kind is recorded.
             if i == 1 {
                 program = cuda.free_memory().unwrap();
