@@ -87,6 +87,14 @@ template <class T> DEVICE void store4(void* to, uint64_t i, const Floats4& x) {
 // x / (1 + 2^(-x log2 e))
 DEVICE float silu(float x) { return x * reciprocal_fast(1.0f + exp2_fast(-1.44269504f * x)); }
 
+// What ActivateParams::kind says.
+DEVICE float activation(uint32_t kind, float gate, float up) {
+    if (kind == 0) return up > 0 ? up : 0.0f;
+    if (kind == 1) return silu(gate) * up;
+    if (kind == 2) return (gate > 0 ? gate : 0.0f) * up;
+    return up;
+}
+
 // Bits that sort as floats do; -0 as 0, NaN below everything.
 DEVICE uint32_t sort_key(float v) {
     if (v != v) return 0;

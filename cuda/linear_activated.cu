@@ -121,12 +121,8 @@ template <class T> DEVICE void run(const ActivatedParams& p) {
             const uint32_t row = i % 8, line = i / 8 * per, j = first + begin / per + i / 8;
             if (row >= p.rows) continue;
             const float up = added(parts, line + per - 1, row) + bias[begin + line + per - 1];
-            float y = up;
-            if (p.kind == 0) y = up > 0 ? up : 0.0f;
-            if (gated) {
-                const float gate = added(parts, line, row) + bias[begin + line];
-                y = up * (p.kind == 2 ? (gate > 0 ? gate : 0.0f) : silu(gate));
-            }
+            const float gate = gated ? added(parts, line, row) + bias[begin + line] : 0.0f;
+            const float y = activation(p.kind, gate, up);
             ((T*)p.out)[(uint64_t)row * p.n + j] = from_float<T>(j < p.valid ? y : 0.0f);
         }
         sync_block();

@@ -186,11 +186,7 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
         const uint32_t on = mask ? mask[i / 32] >> i % 32 : ~0u;
         Floats4 y;
         UNROLL for (int j = 0; j < 4; j++) {
-            const float u = sum[0].v[j], g = sum[1].v[j];
-            if (p.kind == 0) y.v[j] = u > 0 ? u : 0.0f;
-            else if (p.kind == 1) y.v[j] = silu(g) * u;
-            else if (p.kind == 2) y.v[j] = (g > 0 ? g : 0.0f) * u;
-            else y.v[j] = u;
+            y.v[j] = activation(p.kind, sum[1].v[j], sum[0].v[j]);
             if (i + j >= p.valid || !(on >> j & 1)) y.v[j] = 0;
         }
         store4<T>(p.out, (uint64_t)row * p.n + i, y);

@@ -229,14 +229,7 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
             product(gpu, "linear_up", &format!("up {share}"), rows, kept, d, Some(ffn));
             product(gpu, "linear_down", &format!("down {share}"), rows, d, kept, Some(ffn));
             for by in [Activation::Apart, Activation::Up, Activation::Down] {
-                let serves = match by {
-                    Activation::Apart => true,
-                    Activation::Up => gpu.kernels(128, 1).activated(rows, kept, d, false).is_some(),
-                    Activation::Down => rows <= MADE_ROWS,
-                };
-                if serves {
-                    mlp(gpu, by, share, (rows, kept, d, ffn));
-                }
+                mlp(gpu, by, share, (rows, kept, d, ffn));
             }
         }
     }
@@ -336,7 +329,7 @@ enum Activation {
     Down,
 }
 
-/// Norm, up, activation and down of a layer one after another, as a step runs them.
+/// Norm, up, activation and down of a layer one after another, as a step runs them; nothing where they cannot.
 fn mlp(gpu: &Gpu, by: Activation, share: f64, (rows, kept, d, ffn): (u32, u32, u32, u32)) {
     let made = by == Activation::Down;
     let k = gpu.kernels(128, 1);
@@ -350,11 +343,22 @@ fn mlp(gpu: &Gpu, by: Activation, share: f64, (rows, kept, d, ffn): (u32, u32, u
     let [residual, h, y, sums, delta] = [1, 1, 1, 32, 32].map(|parts| gpu.room(parts * wide));
     let weight = gpu.random(u64::from(d), 1.0);
     let (up_launch, up_splits) = k.linear_up(rows, kept, d);
-    let both = k.activated(rows, kept, d, false).filter(|_| by == Activation::Up);
+    let act = ActivateParams {
+        input: Partial { data: sums.at, splits: up_splits, columns: kept },
+        index: index.at,
+        out: y.at,
+        rows,
+        n: kept,
+        valid: kept,
+        ..ActivateParams::default()
+    };
+    let both = |w_up| k.product_activated((h.at, w_up, d), &act).filter(|_| by == Activation::Up);
+    if (made && rows > MADE_ROWS) || (by == Activation::Up && both(up.at).is_none()) {
+        return;
+    }
     let (made_launch, made_splits) = k.mlp_down(d, kept);
     let (down_launch, down_splits) = k.linear_transposed(rows, d, kept);
     let splits = if made { made_splits } else { down_splits };
-    let up_sums = Partial { data: sums.at, splits: up_splits, columns: kept };
     let us = gpu.time(copies, |i| {
         let norm = NormParams {
             residual: residual.at,
@@ -380,32 +384,19 @@ fn mlp(gpu: &Gpu, by: Activation, share: f64, (rows, kept, d, ffn): (u32, u32, u
             splits,
             ..Default::default()
         };
-        if let Some(launch) = both {
-            let (x, w, index, out) = (h.at, w_up, index.at, y.at);
-            let up =
-                ActivatedParams { x, w, index, out, rows, n: kept, k: d, valid: kept, ..Default::default() };
+        if let Some((launch, up)) = both(w_up) {
             gpu.start(&launch, &up);
         } else {
             gpu.start(&up_launch, &product(h.at, w_up, sums.at, kept, d, up_splits));
-        }
-        if !made {
-            let act = ActivateParams {
-                input: up_sums,
-                up_bias: Ptr::NULL,
-                index: index.at,
-                out: y.at,
-                rows,
-                n: kept,
-                valid: kept,
-                ..ActivateParams::default()
-            };
-            if both.is_none() {
+            if !made {
                 gpu.start(&k.activate(rows, kept), &act);
             }
+        }
+        if !made {
             gpu.start(&down_launch, &product(y.at, w_down, delta.at, d, kept, down_splits));
         } else {
             let params = DownParams {
-                up: up_sums,
+                up: act.input,
                 up_bias: Ptr::NULL,
                 w: w_down,
                 index: index.at,

@@ -1,6 +1,6 @@
 //! Products that do their activation too, against f64: rows, ragged ends, lists, gates, more lines than are added at once.
 
-use crate::bench::{Bench, Rng, close};
+use crate::bench::{Bench, Rng, activation, close};
 use crate::orders;
 use polar_sparsity::backend::cuda::launch::Kernels;
 use polar_sparsity::backend::cuda::params::*;
@@ -25,12 +25,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
     let gated = c.kind == 1 || c.kind == 2;
     let stored = if c.listed { 2 * c.n + 5 } else { c.n };
     let x = rng.vector(c.rows * c.k, 1.0, c.dtype);
-    let mut list: Vec<usize> = (0..c.n).collect();
-    if c.listed {
-        list = rng.shuffled(stored)[..c.n].to_vec();
-        list.sort_unstable();
-        (list[0], list[c.n - 1]) = (0, stored - 1);
-    }
+    let list = if c.listed { rng.picked(stored, c.n) } else { (0..c.n).collect() };
     // What is not listed must not be read.
     let mut w = vec![f64::NAN; stored * c.k * if gated { 2 } else { 1 }];
     let [mut up_bias, mut gate_bias] = [0; 2].map(|_| vec![f64::NAN; stored]);
@@ -44,29 +39,24 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
     }
     let kernels = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
     let (rows, n, k) = (c.rows as u32, c.n as u32, c.k as u32);
-    let launch = kernels.activated(rows, n, k, gated).expect("a product of few rows and columns");
     let count = c.rows * c.n;
     let out = bench.room(2 * count);
-    let bias = |bench: &Bench, b: &[f64]| if c.biases { bench.half(b, c.dtype) } else { Ptr::NULL };
-    bench.start(
-        &launch,
-        &ActivatedParams {
-            x: bench.half(&x, c.dtype),
-            w: bench.half(&w, c.dtype),
-            index: match c.listed {
-                true => bench.words(&list.iter().map(|&i| i as u32).collect::<Vec<_>>()),
-                false => Ptr::NULL,
-            },
-            gate_bias: bias(bench, &gate_bias),
-            up_bias: bias(bench, &up_bias),
-            out,
-            rows,
-            n,
-            k,
-            valid: n - c.filler as u32,
-            kind: c.kind,
-        },
-    );
+    let bias = |b: &[f64]| if c.biases { bench.half(b, c.dtype) } else { Ptr::NULL };
+    let words: Vec<u32> = list.iter().map(|&i| i as u32).collect();
+    let act = ActivateParams {
+        index: if c.listed { bench.words(&words) } else { Ptr::NULL },
+        gate_bias: bias(&gate_bias),
+        up_bias: bias(&up_bias),
+        out,
+        rows,
+        n,
+        valid: n - c.filler as u32,
+        kind: c.kind,
+        ..Default::default()
+    };
+    let of = (bench.half(&x, c.dtype), bench.half(&w, c.dtype), k);
+    let (launch, params) = kernels.product_activated(of, &act).expect("a product of few rows and columns");
+    bench.start(&launch, &params);
     let mut expected = vec![0.0; count];
     for r in 0..c.rows {
         for (i, &neuron) in list.iter().enumerate().take(c.n - c.filler) {
@@ -76,12 +66,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
             };
             let up = sum(if gated { stored + neuron } else { neuron }, &up_bias);
             let gate = if gated { sum(neuron, &gate_bias) } else { 0.0 };
-            expected[r * c.n + i] = match c.kind {
-                0 => up.max(0.0),
-                1 => gate / (1.0 + (-gate).exp()) * up,
-                2 => gate.max(0.0) * up,
-                _ => up,
-            };
+            expected[r * c.n + i] = activation(c.kind, gate, up);
         }
     }
     // The result's rounding to 8 (11) bits: half a last place, 2^-9 (2^-12), at most; sums of f32 add less.
@@ -126,7 +111,11 @@ pub fn products_of_listed_rows_with_an_activation() {
 fn a_product_with_its_activation_is_of_few_rows_and_columns_where_shared_memory_allows_it() {
     let kernels = |kib: u32| Kernels::new(DType::BF16, 128, 1, 132, kib << 10).unwrap();
     let h200 = kernels(227);
-    let blocks = |rows, n, k, gated| h200.activated(rows, n, k, gated).map(|l| l.grid.0);
+    let product = |kernels: &Kernels, rows, n, k, gated| {
+        let act = ActivateParams { rows, n, kind: u32::from(gated), ..Default::default() };
+        kernels.product_activated((Ptr::NULL, Ptr::NULL, k), &act).map(|(launch, _)| launch.grid.0)
+    };
+    let blocks = |rows, n, k, gated| product(&h200, rows, n, k, gated);
     // Two for every multiprocessor that the norm leaves, no fewer than eight lines each.
     assert_eq!(blocks(8, 16_384, 4096, false), Some(2 * 124));
     assert_eq!(blocks(1, 14_336, 4096, true), Some(2 * 131));
@@ -134,5 +123,5 @@ fn a_product_with_its_activation_is_of_few_rows_and_columns_where_shared_memory_
     assert_eq!(blocks(1, 4, 8, false), Some(1));
     assert_eq!(blocks(9, 1024, 4096, false), None);
     assert_eq!(blocks(8, 1024, 4104, false), None);
-    assert!(kernels(163).activated(1, 1024, 4096, false).is_none());
+    assert!(product(&kernels(163), 1, 1024, 4096, false).is_none());
 }

@@ -41,6 +41,24 @@ impl Rng {
         }
         v
     }
+    /// `n` of `stored` rows in order, both ends among them.
+    pub fn picked(&mut self, stored: usize, n: usize) -> Vec<usize> {
+        let mut list = self.shuffled(stored)[..n].to_vec();
+        list.sort_unstable();
+        list[0] = 0;
+        list[n - 1] = stored - 1;
+        list
+    }
+}
+
+/// As `ActivateParams::kind` says.
+pub fn activation(kind: u32, gate: f64, up: f64) -> f64 {
+    match kind {
+        0 => up.max(0.0),
+        1 => gate / (1.0 + (-gate).exp()) * up,
+        2 => gate.max(0.0) * up,
+        _ => up,
+    }
 }
 
 pub fn rounded(v: f64, dtype: DType) -> f64 {

@@ -47,15 +47,7 @@ fn product_by(bench: &Bench, c: &Case, wide: bool) -> Vec<u8> {
     let picked = if c.layout == Layout::Rows { c.n } else { c.k };
     let stored = c.stored.unwrap_or(picked);
     let width = if c.layout == Layout::Rows { c.k } else { c.n };
-    let mut list = rng.shuffled(stored)[..picked].to_vec();
-    list.sort_unstable();
-    if c.stored.is_some() {
-        // Both ends of the matrix are among them.
-        list[0] = 0;
-        list[picked - 1] = stored - 1;
-    } else {
-        list = (0..picked).collect();
-    }
+    let list = if c.stored.is_some() { rng.picked(stored, picked) } else { (0..picked).collect() };
     let mut w = vec![f64::NAN; stored * width];
     for &row in &list {
         let values = rng.vector(width, 0.1, c.dtype);
@@ -140,10 +132,7 @@ fn made_down(bench: &Bench, rows: usize, d: usize, kept: usize, splits: usize) -
     let (dtype, stored) = (DType::BF16, kept + 40);
     let mut rng = Rng((rows * 5 + d + kept) as u64);
     let k = kept.next_multiple_of(8);
-    let mut list = rng.shuffled(stored)[..kept].to_vec();
-    list.sort_unstable();
-    list[0] = 0;
-    list[kept - 1] = stored - 1;
+    let list = rng.picked(stored, kept);
     let (mut w, mut bias) = (vec![f64::NAN; stored * d], vec![f64::NAN; stored]);
     for &neuron in &list {
         w[neuron * d..(neuron + 1) * d].copy_from_slice(&rng.vector(d, 0.1, dtype));

@@ -1,6 +1,6 @@
 //! Embedding, norms, QKV post-processing, activations, argmax, loading: against f64.
 
-use crate::bench::{Bench, Rng, close};
+use crate::bench::{self, Bench, Rng, close};
 use crate::orders;
 use crate::selection::{HEAD_ROWS, Heads};
 use polar_sparsity::backend::cuda::launch::{Kernels, Launch};
@@ -296,12 +296,7 @@ fn activation(kind: u32, listed: bool) {
             let neuron = if listed { index[i] as usize } else { i };
             let up = input[r * columns + if gated { n } else { 0 } + i] + up_bias[neuron];
             let gate = input[r * columns + i] + gate_bias[neuron];
-            expected[r * n + i] = match kind {
-                0 => up.max(0.0),
-                1 => gate / (1.0 + (-gate).exp()) * up,
-                3 => up,
-                _ => gate.max(0.0) * up,
-            };
+            expected[r * n + i] = bench::activation(kind, gate, up);
         }
     }
     let out = bench.room(2 * expected.len());

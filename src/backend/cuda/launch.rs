@@ -112,7 +112,7 @@ pub struct Tuning {
     pub made: bool,
     /// Decode attention may run in blocks of eight warps, see [`Kernels::line`].
     pub large: bool,
-    /// Products of few rows do their activation too, see [`Kernels::activated`].
+    /// Products of few rows do their activation too, see [`Kernels::product_activated`].
     pub activated: bool,
 }
 

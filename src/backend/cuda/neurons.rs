@@ -91,7 +91,14 @@ impl<D: Device> Cuda<D> {
         let Some(groups) = Self::choosing(s, step, layer) else { return Ok(None) };
         let (rows, rank) = (s.tables.rows().decode, l.rank as u32);
         let (b, size) = (s.buffers, (rows, rank, s.shape.hidden as u32));
-        let z = ActivateParams { out: b.z, rows, n: rank, valid: rank, kind: 3, ..Default::default() };
+        let z = ActivateParams {
+            out: b.z,
+            rows,
+            n: rank,
+            valid: rank,
+            kind: NO_ACTIVATION,
+            ..Default::default()
+        };
         let sums = if self.product_activated(s, (b.h, l.down, size.2), &z)? {
             None
         } else {
@@ -143,7 +150,8 @@ impl<D: Device> Cuda<D> {
         } else {
             if let Some(input) = sums {
                 let (out, n, valid) = (b.z, rank, rank);
-                let z = ActivateParams { input, out, rows, n, valid, kind: 3, ..Default::default() };
+                let z =
+                    ActivateParams { input, out, rows, n, valid, kind: NO_ACTIVATION, ..Default::default() };
                 self.go_beside(&s.kernels.activate(rows, rank), &z)?;
             }
             for first in (0..rows).step_by(SKINNY_ROWS as usize) {
@@ -197,26 +205,26 @@ impl<D: Device> Cuda<D> {
         let index = b.index;
         let (up_bias, out) = (l.up_bias, b.y);
         let mut act = ActivateParams { up_bias, index, out, rows, n, valid: kept, ..Default::default() };
-        let mut sum = None;
-        if !self.product_activated(s, (b.h, l.first, d), &act)? {
+        let both = self.product_activated(s, (b.h, l.first, d), &act)?;
+        let made = !both && s.kernels.makes_input(rows);
+        if !both {
             let (launch, splits) = s.kernels.linear_up(rows, n, d);
             let (x, w, out) = (b.h, l.first, b.sums);
             let up = LinearParams { x, w, index, out, rows, n, k: d, splits, ..Default::default() };
             self.go(s, &launch, &up)?;
             act.input = up.sums();
-            if s.kernels.makes_input(rows) {
-                let (launch, splits) = s.kernels.mlp_down(d, n);
-                let (up, w, out) = (act.input, l.down.weight, b.delta);
-                let down = DownParams { up, up_bias, w, index, out, rows, n: d, k: n, valid: kept, splits };
-                self.go(s, &launch, &down)?;
-                sum = Some(Partial { data: b.delta, splits, columns: d });
-            } else {
+            if !made {
                 self.go(s, &s.kernels.activate(rows, n), &act)?;
             }
         }
-        let sum = match sum {
-            Some(sum) => sum,
-            None => self.product_transposed(s, (b.y, l.down.weight, index), (rows, d, n), b.delta)?,
+        let sum = if made {
+            let (launch, splits) = s.kernels.mlp_down(d, n);
+            let (up, w, out) = (act.input, l.down.weight, b.delta);
+            let down = DownParams { up, up_bias, w, index, out, rows, n: d, k: n, valid: kept, splits };
+            self.go(s, &launch, &down)?;
+            Partial { data: out, splits, columns: d }
+        } else {
+            self.product_transposed(s, (b.y, l.down.weight, index), (rows, d, n), b.delta)?
         };
         s.pending = Pending { sum, bias: l.down.bias };
         Ok(true)

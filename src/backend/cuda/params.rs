@@ -19,6 +19,8 @@ impl Ptr {
 
 /// No page, no group, no limit.
 pub const NONE: u32 = u32::MAX;
+/// [`ActivateParams::kind`] of sums that are only added.
+pub const NO_ACTIVATION: u32 = 3;
 /// Virtual pages that opening a segment of a sequence costs.
 pub const SEGMENT_COST: u32 = 4;
 /// Bins of a row's first histogram when sampling.

@@ -3,7 +3,7 @@
 use super::cut::{ActivatedCut, WideCut};
 use super::device::Device;
 use super::launch::{Kernels, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, MADE_ROWS, SKINNY_ROWS};
-use super::params::{LinearParams, Partial, Ptr};
+use super::params::{ActivateParams, ActivatedParams, LinearParams, Partial, Ptr};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -36,18 +36,22 @@ impl Kernels {
             || self.warpgroups && rows <= SKINNY_ROWS && n <= LIBRARY_COLUMNS / 2
     }
 
-    /// A product of few rows that leaves activations, not sums: of `n` neurons, with a gate twice as many rows of `w`. None
-    /// where other kernels must do it.
-    pub fn activated(&self, rows: u32, n: u32, k: u32, gated: bool) -> Option<Launch> {
-        let per = if gated { 2 } else { 1 };
-        let cut = ActivatedCut::new(rows, (n, per, k), self.multiprocessors, self.shared_per_block)?;
-        let launch = Launch {
-            kernel: self.activated,
-            grid: (cut.blocks, 1),
-            threads: cut.threads,
-            shared: cut.shared,
-        };
-        self.tuning.activated.then_some(launch)
+    /// The product of `x` and `w` of `k` columns with what `act` makes of its sums, for few rows; with a gate `w` has twice as
+    /// many rows as `act` columns. None where other kernels must do it.
+    pub fn product_activated(
+        &self,
+        (x, w, k): (Ptr, Ptr, u32),
+        act: &ActivateParams,
+    ) -> Option<(Launch, ActivatedParams)> {
+        let &ActivateParams { index, gate_bias, up_bias, masks, out, rows, n, valid, kind, .. } = act;
+        let per = if kind == 1 || kind == 2 { 2 } else { 1 };
+        let cut = ActivatedCut::new(rows, (n, per, k), self.multiprocessors, self.shared_per_block)
+            .filter(|_| self.tuning.activated && masks == Ptr::NULL)?;
+        let ActivatedCut { blocks, threads, shared } = cut;
+        Some((
+            Launch { kernel: self.activated, grid: (blocks, 1), threads, shared },
+            ActivatedParams { x, w, index, gate_bias, up_bias, out, rows, n, k, valid, kind },
+        ))
     }
 
     /// A product of up to [`SKINNY_ROWS`](super::launch::SKINNY_ROWS) rows by warpgroups, where they can; `k_lines`: the

@@ -84,18 +84,14 @@ impl<D: Device> Cuda<D> {
         self.multiply(s, &s.kernels.product_transposed(of, size, out), true)
     }
 
-    /// A product of `x` with `k` columns and what `act` makes of its sums, where one kernel does both; false: none does.
+    /// [`Kernels::product_activated`](super::launch::Kernels::product_activated) where it serves; whether it does.
     pub(super) fn product_activated(
         &self,
         s: &CudaScratch<D>,
-        (x, w, k): (Ptr, Ptr, u32),
+        of: (Ptr, Ptr, u32),
         act: &ActivateParams,
     ) -> Result<bool> {
-        let gated = act.kind == 1 || act.kind == 2;
-        let launch = s.kernels.activated(act.rows, act.n, k, gated).filter(|_| act.masks == Ptr::NULL);
-        let Some(launch) = launch else { return Ok(false) };
-        let &ActivateParams { index, gate_bias, up_bias, out, rows, n, valid, kind, .. } = act;
-        let params = ActivatedParams { x, w, index, gate_bias, up_bias, out, rows, n, k, valid, kind };
+        let Some((launch, params)) = s.kernels.product_activated(of, act) else { return Ok(false) };
         self.go(s, &launch, &params)?;
         Ok(true)
     }

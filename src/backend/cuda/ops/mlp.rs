@@ -7,14 +7,11 @@ use super::{
 use crate::backend::cuda::launch::{Kernels, Launch, SKINNY_ROWS};
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{
-    ActivateParams, ActivatedParams, DownParams, LinearParams, MarkParams, NeuronParams, Partial, Ptr,
-    RouterParams,
+    ActivateParams, ActivatedParams, DownParams, LinearParams, MarkParams, NO_ACTIVATION, NeuronParams,
+    Partial, Ptr, RouterParams,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-
-/// `y = x` of the activation kernel.
-const NO_ACTIVATION: u32 = 3;
 
 /// The neurons with the largest sums, over the batch, of positive router logits.
 #[derive(Clone, Copy, Debug)]
@@ -161,7 +158,8 @@ impl Operator for Mlp {
 
     fn layout(&self, k: &Kernels, p: &mut Places) -> Self::Layout {
         let run = self.run();
-        let first = if self.both(k).is_some() { 0 } else { sum_floats(self.first(k).1, self.rows, run) };
+        let first =
+            if self.both(k, Ptr::NULL).is_some() { 0 } else { sum_floats(self.first(k).1, self.rows, run) };
         let second = sum_floats(self.second(k).1, self.rows, self.hidden);
         let y = if self.made(k) { 0 } else { self.rows as usize * run as usize };
         MlpLayout { sums: p.take(first, 4), y: p.take(y, 2), delta: p.take(second, 4) }
@@ -184,14 +182,21 @@ impl Mlp {
         if self.index == Ptr::NULL { k.linear(rows, n, d) } else { k.linear_up(rows, n, d) }
     }
 
-    /// The first product's launch where it does its activation too.
-    fn both(&self, k: &Kernels) -> Option<Launch> {
-        k.activated(self.rows, self.run(), self.hidden, false)
+    /// What follows the first product, but for its sums; `y` holds the result.
+    fn activation(&self, y: Ptr) -> ActivateParams {
+        let (rows, n, index, up_bias) = (self.rows, self.run(), self.index, self.up_bias);
+        let valid = if index == Ptr::NULL { n } else { self.keep };
+        ActivateParams { up_bias, index, out: y, rows, n, valid, ..Default::default() }
+    }
+
+    /// The first product where it does its activation too.
+    fn both(&self, k: &Kernels, y: Ptr) -> Option<(Launch, ActivatedParams)> {
+        k.product_activated((self.x, self.up, self.hidden), &self.activation(y))
     }
 
     /// Whether the second product makes its own input from the first one's sums.
     fn made(&self, k: &Kernels) -> bool {
-        self.index != Ptr::NULL && k.makes_input(self.rows) && self.both(k).is_none()
+        self.index != Ptr::NULL && k.makes_input(self.rows) && self.both(k, Ptr::NULL).is_none()
     }
 
     /// The second product's launch and parts.
@@ -239,15 +244,13 @@ impl Ops {
         queue.go(&k.mark_rows(), &mark)?;
         queue.settle();
         let (rows, n, out, kind) = (op.rows, op.rank, l.z, NO_ACTIVATION);
-        if let Some(launch) = k.activated(rows, n, op.hidden, false) {
-            let (x, w, k) = (op.x, op.down, op.hidden);
-            let z = ActivatedParams { x, w, out, rows, n, k, valid: n, kind, ..Default::default() };
-            queue.go(&launch, &z)?;
+        let mut z = ActivateParams { out, rows, n, valid: n, kind, ..Default::default() };
+        if let Some((launch, both)) = k.product_activated((op.x, op.down, op.hidden), &z) {
+            queue.go(&launch, &both)?;
         } else {
             let (launch, narrow) = k.product((op.x, op.down), (rows, n, op.hidden), l.narrow);
             queue.go(&launch, &narrow)?;
-            let input = narrow.sums();
-            let z = ActivateParams { input, out, rows, n, valid: n, kind, ..Default::default() };
+            z.input = narrow.sums();
             queue.go(&k.activate(rows, n), &z)?;
         }
         if op.rows <= SKINNY_ROWS {
@@ -288,44 +291,27 @@ impl Ops {
         optional("down_bias", op.down_bias, 8)?;
         let l = op.places(k)?;
         let (queue, run) = (Queue::new(launcher), op.run());
-        let (index, up_bias, rows, hidden) = (op.index, op.up_bias, op.rows, op.hidden);
-        let valid = if index == Ptr::NULL { run } else { op.keep };
-        let mut first = Partial::default();
-        if let Some(launch) = op.both(k) {
-            let (x, w, out) = (op.x, op.up, l.y);
-            let up = ActivatedParams {
-                x,
-                w,
-                index,
-                up_bias,
-                out,
-                rows,
-                n: run,
-                k: hidden,
-                valid,
-                ..Default::default()
-            };
-            queue.go(&launch, &up)?;
+        let (index, rows, hidden, made) = (op.index, op.rows, op.hidden, op.made(k));
+        let mut act = op.activation(l.y);
+        if let Some((launch, both)) = op.both(k, l.y) {
+            queue.go(&launch, &both)?;
         } else {
             let (launch, splits) = op.first(k);
             let (x, w, out) = (op.x, op.up, l.sums);
             let up = LinearParams { x, w, index, out, rows, n: run, k: hidden, splits, ..Default::default() };
             queue.go(&launch, &up)?;
-            first = up.sums();
+            act.input = up.sums();
+            if !made {
+                queue.go(&k.activate(rows, run), &act)?;
+            }
         }
         let (launch, splits) = op.second(k);
         let (w, out) = (op.down, l.delta);
-        if op.made(k) {
-            let up = first;
+        if made {
+            let ActivateParams { input: up, up_bias, valid, .. } = act;
             let down = DownParams { up, up_bias, w, index, out, rows, n: hidden, k: run, valid, splits };
             queue.go(&launch, &down)?;
         } else {
-            if first.splits > 0 {
-                let (input, out) = (first, l.y);
-                let activation =
-                    ActivateParams { input, up_bias, index, out, rows, n: run, valid, ..Default::default() };
-                queue.go(&k.activate(rows, run), &activation)?;
-            }
             let x = l.y;
             let down =
                 LinearParams { x, w, index, out, rows, n: hidden, k: run, splits, ..Default::default() };
