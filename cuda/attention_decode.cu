@@ -15,6 +15,8 @@
 // system, and whoever is first in that queue at the start ends microseconds before whoever is last. A piece that one worker covers is written directly; else the parts go to
 // `parts` and the worker that arrives last adds them in worker order, so results do not depend on timing.
 #include "page_math.cuh"
+#include "router_bytes.cuh"
+#include "neuron_select.cuh"
 
 namespace decode {
 
@@ -121,7 +123,7 @@ template <int WARPS> struct Loads {
         const uint32_t id = shuffle(ids, (page - ids_from) / WARPS);
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
         const char* from = (const char*)p.kv + id * p.page_stride + head * p.head_stride;
-        tile_load(ring + stage * BYTES, from, BYTES, barriers + stage);
+        tile_load(ring + stage * WARPS * BYTES, from, BYTES, barriers + stage);
         issued++;
         stage = stage + 1 == p.stages ? 0 : stage + 1;
         page += WARPS;
@@ -129,14 +131,79 @@ template <int WARPS> struct Loads {
     }
 };
 
-template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodeParams& p) {
+// The MLP router's second product, tiles of neurons shared out over all blocks: their matrix is on its way before the
+// kernels ahead have ended, when memory is idle, and a few more microseconds of work do not show beside the pages. Where
+// neurons are chosen too, the last block does that and nothing else: it waits for the others' scores, which they have
+// before their pages. They are all running or done: blocks start in order.
+template <int WARPS, bool SCORED> struct Scoring {
+    const DecodeParams& p;
+    router_bytes::Tile tile;
+
+    DEVICE_MEMBER Scoring(const DecodeParams& p, unsigned char* z)
+        : p(p), tile(p.router, z, WARPS * block_x() + warp_index()) {
+        if (!chooses()) tile.load_w();
+    }
+    // Blocks that attend.
+    DEVICE_MEMBER uint32_t blocks() const { return grid_x() - (p.router.arrived != nullptr); }
+    DEVICE_MEMBER bool chooses() const { return (uint32_t)block_x() >= blocks(); }
+    DEVICE_MEMBER void choose(unsigned char* shared) {
+        const uint32_t tiles = (p.router.n + 16 * WARPS - 1) / (16 * WARPS);
+        // First without scores, while there are none: by then its instructions are in the caches.
+        UNROLL_BY(1) for (int rehearsal = p.router.arrived != nullptr; rehearsal >= 0; rehearsal--) {
+            if (!rehearsal) {
+                wait_for_previous();
+                if (thread_index() == 0) {
+                    wait_for_count(p.router.arrived, tiles < blocks() ? tiles : blocks());
+                    *p.router.arrived = 0;
+                }
+                sync_block();
+            }
+            neurons::select_by_block<WARPS>(p.choice, shared, rehearsal);
+        }
+    }
+    DEVICE_MEMBER bool any() { return 16 * (tile.tile - warp_index()) < tile.p.n; }
+    DEVICE_MEMBER void begin() {
+        if (any()) tile.copy_z();
+    }
+    // Then z is free.
+    DEVICE_MEMBER void finish() {
+        if (!any()) return;
+        do {
+            tile.wait_z();
+            int* sums = (int*)(tile.z + warp_index() * tile.sums_size());
+            tile.multiply(sums, false);
+            tile.deliver(sums);
+            sync_block();
+            tile.tile += WARPS * blocks();
+            tile.load_w();
+            begin();
+        } while (any());
+        if (p.router.arrived && thread_index() == 0) {
+            fence_device();
+            atomic_add(p.router.arrived, 1);
+        }
+    }
+};
+template <int WARPS> struct Scoring<WARPS, false> {
+    DEVICE_MEMBER Scoring(const DecodeParams&, unsigned char*) {}
+    DEVICE_MEMBER uint32_t blocks() const { return grid_x(); }
+    DEVICE_MEMBER bool chooses() const { return false; }
+    DEVICE_MEMBER void choose(unsigned char*) {}
+    DEVICE_MEMBER void begin() {}
+    DEVICE_MEMBER void finish() {}
+};
+
+template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(const DecodeParams& p) {
     using Math = PageMath<T, HD, TALL>;
     constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
-    constexpr int MERGE = HD > 128 ? 2 : TALL ? 8 : 12;  // parts that are loaded at once, by registers
+    constexpr int MERGE = HD > 128 ? 2 : TALL || SCORED ? 8 : 12;  // parts that are loaded at once, by registers
     SHARED_BYTES(shared);
     const uint32_t group = p.heads / p.kv_heads;
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     let_next_start();
+    // What the router multiplies takes the place of all pages of a warp but the first.
+    Scoring<WARPS, SCORED> scoring(p, shared + WARPS * BYTES);
+    if (scoring.chooses()) return scoring.choose(shared);
 
     // Up to the wait only step tables are read, and pages that no kernel of this step writes.
     uint32_t each = (p.sequences + 31) / 32, low = each * lane;
@@ -144,16 +211,22 @@ template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodePar
     const uint32_t line = p.prefix[p.sequences];
     uint32_t workers = p.prefix[p.sequences + 1];
     const uint32_t least = p.prefix[p.sequences + 2];
-    workers = workers > (uint32_t)grid_x() ? grid_x() : workers;
+    workers = workers > scoring.blocks() ? scoring.blocks() : workers;
     const uint32_t worker = block_x();
-    if (line == 0 || worker >= workers) {
+    const bool idle = line == 0 || worker >= workers;
+    if (idle && !SCORED) {
         wait_for_previous();
         return;
     }
 
-    // Shared memory: rings of the warps, merge buffers, barriers.
-    unsigned char* ring = shared + warp * p.stages * BYTES;
-    float* merged = (float*)(shared + WARPS * p.stages * BYTES);  // [warp][group][HD]
+    // Shared memory: pages [stage][warp], merge buffers, barriers.
+    unsigned char* ring = shared + warp * BYTES;
+    uint32_t pages = WARPS * p.stages * BYTES;
+    if (SCORED) {
+        const uint32_t least = WARPS * BYTES + router_bytes::room(p.router.rows);
+        pages = pages < least ? least : pages;
+    }
+    float* merged = (float*)(shared + pages);  // [warp][group][HD]
     float* maxima = merged + WARPS * group * HD;                  // [warp][16]
     float* sums = maxima + WARPS * 16;                            // [warp][16]
     uint32_t* flag = (uint32_t*)(sums + WARPS * 16);
@@ -163,8 +236,8 @@ template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodePar
     sync_warp();
 
     Walk walk;
-    walk.at = worker_start(line, workers, worker);
-    walk.end = worker_start(line, workers, worker + 1);
+    walk.at = idle ? 0 : worker_start(line, workers, worker);
+    walk.end = idle ? 0 : worker_start(line, workers, worker + 1);
     // The sequence whose prefix is the last one not above `at`: 32 marks at a time.
     low = each * (count_bits(vote(low < p.sequences && mark <= walk.at)) - 1);
     while (each > 1) {
@@ -179,9 +252,13 @@ template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodePar
     loads.walk = walk;
     loads.issued = loads.stage = 0;
     loads.open(p);
+    const uint32_t ahead = SCORED ? 1 : p.stages - 1;
     if (p.early && !p.selected)
-        while (loads.issued + 1 < p.stages && loads.settled()) loads.template issue<HD>(p, ring, barriers);
+        while (loads.issued < ahead && loads.settled()) loads.template issue<HD>(p, ring, barriers);
     wait_for_previous();
+    scoring.begin();
+    while (loads.issued < ahead && loads.more) loads.template issue<HD>(p, ring, barriers);
+    scoring.finish();
     while (loads.issued + 1 < p.stages && loads.more) loads.template issue<HD>(p, ring, barriers);
 
     uint32_t stage = 0, parity = 0, first_row;
@@ -213,7 +290,7 @@ template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodePar
         for (uint32_t page = segment.first + warp; page < segment.end; page += WARPS) {
             tile_wait(barriers + stage, parity);
             loads.template issue<HD>(p, ring, barriers);
-            const T* k = (const T*)(ring + stage * BYTES);
+            const T* k = (const T*)(ring + stage * WARPS * BYTES);
             const T* v = k + PAGE_TOKENS * HD;
             float s[2][4];
             Math::scores(s, query, k);
@@ -354,22 +431,28 @@ template <class T, int HD, bool TALL, int WARPS> DEVICE void run(const DecodePar
 
 // Groups up to 8 fill half of the 16-row side; larger ones fill it (`tall`). Blocks of eight warps (`large`) have a
 // multiprocessor to themselves.
-#define DECODE(name, type, hd, tall, warps, blocks)                                                     \
+#define DECODE(name, type, hd, tall, warps, blocks, scored)                                             \
     KERNEL(32 * warps, blocks) attention_decode_##name##type##_##hd(const GRID_CONSTANT DecodeParams p) { \
-        decode::run<type, hd, tall, warps>(p);                                                          \
+        decode::run<type, hd, tall, warps, scored>(p);                                                  \
     }
-#define DECODE_SIZE(type, hd)             \
-    DECODE(, type, hd, false, 4, 2)       \
-    DECODE(large_, type, hd, false, 8, 1) \
-    DECODE(tall_, type, hd, true, 4, 2)
+#define DECODE_SIZE(type, hd)                          \
+    DECODE(, type, hd, false, 4, 2, false)             \
+    DECODE(large_, type, hd, false, 8, 1, false)       \
+    DECODE(tall_, type, hd, true, 4, 2, false)
+#define DECODE_SCORED(type, hd)                        \
+    DECODE(scored_, type, hd, false, 4, 2, true)       \
+    DECODE(scored_large_, type, hd, false, 8, 1, true)
 #define DECODE_TYPE(type)     \
     DECODE_SIZE(type, 64)     \
     DECODE_SIZE(type, 80)     \
     DECODE_SIZE(type, 96)     \
     DECODE_SIZE(type, 128)    \
-    DECODE(, type, 256, false, 4, 1)
+    DECODE(, type, 256, false, 4, 1, false) \
+    DECODE_SCORED(type, 64)   \
+    DECODE_SCORED(type, 128)
 DECODE_TYPE(bf16)
 DECODE_TYPE(f16)
 #undef DECODE_TYPE
 #undef DECODE_SIZE
+#undef DECODE_SCORED
 #undef DECODE

@@ -17,8 +17,7 @@ template <class T> DEVICE void select(const SelectParams& p, uint32_t b) {
     uint32_t* keys = counts + 8;         // [columns]
     for (uint32_t c = thread_index(); c < columns; c += block_threads()) {
         Floats<1> v[1];
-        if (p.by_unit) partial_sums<1, 1>(v, p.logits, p.rows, c, {b});
-        else partial_sums<1, 1>(v, p.logits, p.rows, b, {c});
+        partial_sums<1, 1>(v, p.logits, p.rows, p.by_unit ? c : b, {p.by_unit ? b : c});
         if (p.bias) v[0].v[0] += to_float(((const T*)p.bias)[c]);
         keys[c] = sort_key(v[0].v[0]);
     }

@@ -1,6 +1,6 @@
 // Which neurons a decode step computes: the largest sums of positive router logits over a group of
 // rows. Exact: ties go to the lower index, NaN sorts last and is counted; lists are ascending.
-#include "common.cuh"
+#include "neuron_select.cuh"
 
 namespace neurons {
 
@@ -28,55 +28,6 @@ DEVICE void scores(const NeuronParams& p) {
 }
 
 constexpr int WARPS = 32;
-// Bits of a key's three digits, high to low: exponent and four bits of the fraction, then the rest.
-constexpr int LOW = 9, MIDDLE = 10;
-constexpr int TOP_BINS = 4096, BINS = 1024;
-constexpr uint32_t MANY = 2048;  // keys of a bin
-
-// Sorts as the scores do, which are never negative; NaN 0, zero 1, infinity 0x7f800001.
-DEVICE uint32_t score_key(float v) { return v > 0 ? bits_of_float(v) + 1 : v == v; }
-
-struct Found {
-    uint32_t digit;
-    uint32_t left;   // still wanted in that bin
-    uint32_t count;  // in that bin
-};
-
-// From the top, the bin in which `wanted` falls. Bin 0 is not counted and stands for all the rest. Every
-// warp sums its share of the bins, then all of them search: one barrier, no broadcast.
-template <int BINS_> DEVICE Found search(const uint32_t* histogram, uint32_t* sums, uint32_t wanted) {
-    constexpr int EACH = BINS_ / WARPS / 32;
-    const int lane = lane_index();
-    auto bins = [&](uint32_t warp, uint32_t from) { return histogram + (warp * 32 + from) * EACH; };
-    uint32_t own = 0;
-    UNROLL for (int i = 0; i < EACH; i++) own += bins(warp_index(), lane)[i];
-    own = warp_add(own);
-    if (lane == 0) sums[warp_index()] = own;
-    sync_block();
-    // Lane l has the warps' (then the bins') sums from the top: inclusive sums over the lanes below it.
-    auto scan = [&](uint32_t v) {
-        for (int m = 1; m < 32; m *= 2) {
-            const uint32_t from = shuffle(v, (lane - m) & 31);
-            if (lane >= m) v += from;
-        }
-        return v;
-    };
-    own = sums[31 - lane];
-    uint32_t upto = scan(own), hits = vote(upto >= wanted);
-    if (!hits) return {0, wanted - shuffle(upto, 31), ~0u};
-    int hit = lowest_bit(hits);
-    const uint32_t before = shuffle(upto - own, hit), warp = 31 - hit;
-    const uint32_t* mine = bins(warp, 31 - lane);
-    own = 0;
-    UNROLL for (int i = 0; i < EACH; i++) own += mine[i];
-    upto = before + scan(own);
-    hit = lowest_bit(vote(upto >= wanted));
-    uint32_t left = wanted - (upto - own), place = EACH - 1;
-    if (lane == hit)
-        while (mine[place] < left) left -= mine[place--];
-    const uint32_t count = shuffle(lane == hit ? mine[place] : 0, hit);
-    return {(warp * 32 + 31 - hit) * EACH + shuffle(place, hit), shuffle(left, hit), count};
-}
 
 // Block (piece, group): finds the group's `keep` best scores and writes its piece of the bit mask and, for
 // group 0, of the list. Every piece finds the threshold by itself, which costs no time and no order between
@@ -91,9 +42,8 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
     uint32_t* sums = (uint32_t*)shared;     // [32]
     uint32_t* kept = sums + WARPS;          // [32]
     uint32_t* top = kept + WARPS;           // [4096]
-    uint32_t* middle = top + TOP_BINS;      // [1024]
-    uint32_t* low = middle + BINS;          // [1024]
-    uint32_t* stored = low + BINS;          // [n up to a multiple of 32]
+    uint32_t* middle = top + TOP_BINS;      // [2][1024]: of the second digit, of the third
+    uint32_t* stored = middle + 2 * BINS;   // [n up to a multiple of 32]
     let_next_start();
     const uint32_t thread = thread_index(), lane = lane_index();
     for (uint32_t i = thread; i < TOP_BINS + 2 * BINS; i += 32 * WARPS) top[i] = 0;
@@ -105,7 +55,7 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
     const uint32_t rounds = EACH ? EACH : each;
     uint32_t held[EACH ? EACH : 1];
     auto inside = [&](uint32_t i) { return i < each && 32 * (first + i) + lane < p.n; };
-    auto key = [&](uint32_t i) { return EACH ? held[EACH ? i : 0] : stored[32 * (first + i) + lane]; };
+    auto key = [&](uint32_t i) { return EACH ? held[EACH ? i : 0] : inside(i) ? stored[32 * (first + i) + lane] : 0; };
 
     const float* scores = p.scores + (uint64_t)block_y() * p.n;
     constexpr uint32_t AT_ONCE = EACH ? EACH : 8;  // loads before the first store to shared memory
@@ -115,12 +65,11 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
         UNROLL for (uint32_t i = 0; i < AT_ONCE; i++)
             v[i] = inside(from + i) ? scores[32 * (first + from + i) + lane] : 0.0f;
         UNROLL for (uint32_t i = 0; i < AT_ONCE; i++) {
-            const uint32_t k = score_key(v[i]);
+            const uint32_t k = inside(from + i) ? score_key(v[i]) : 0;
             if (EACH) held[EACH ? i : 0] = k;
-            if (!inside(from + i)) continue;
-            if (!EACH) stored[32 * (first + from + i) + lane] = k;
-            nans += k == 0;
-            if (k >> (MIDDLE + LOW)) atomic_add(top + (k >> (MIDDLE + LOW)), 1);
+            else if (inside(from + i)) stored[32 * (first + from + i) + lane] = k;
+            nans += k == 1;
+            if (k >> 2 * DIGIT) atomic_add(top + (k >> 2 * DIGIT), 1);
         }
     }
     if (block_x() == 0) {
@@ -128,36 +77,20 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
         if (nans && lane == 0) atomic_add(p.nan_count, nans);
     }
     sync_block();
-    Found found = search<TOP_BINS>(top, sums, keep);
+    Found found = search<TOP_BINS, WARPS>(top, sums, keep);
     uint32_t prefix = found.digit;
-    int shift = MIDDLE + LOW;
-    // Keys whose first digits are `prefix`, by the next one. Where they are many they may be ties: then a warp counts
-    // its commonest digit at once.
-    auto refine = [&](uint32_t* histogram, int bits) {
-        const uint32_t digits = (1u << bits) - 1;
-        if (found.count < MANY) {
-            UNROLL for (uint32_t i = 0; i < rounds; i++) {
-                const uint32_t k = inside(i) ? key(i) : 0, digit = k >> (shift - bits) & digits;
-                if (k >> shift == prefix && digit) atomic_add(histogram + digit, 1);
-            }
-        } else {
-            UNROLL for (uint32_t i = 0; i < rounds; i++) {
-                const bool counted = inside(i) && key(i) >> shift == prefix;
-                const uint32_t waiting = vote(counted);
-                if (!waiting) continue;
-                const uint32_t digit = counted ? key(i) >> (shift - bits) & digits : 0;
-                const uint32_t common = shuffle(digit, lowest_bit(waiting)), same = vote(counted && digit == common);
-                if (common && lane == (uint32_t)lowest_bit(waiting)) atomic_add(histogram + common, count_bits(same));
-                if (digit && digit != common) atomic_add(histogram + digit, 1);
-            }
+    int shift = 2 * DIGIT;
+    // Keys whose first digits are `prefix`, by the next one.
+    for (uint32_t* histogram = middle; shift && found.count != found.left; histogram += BINS) {
+        UNROLL for (uint32_t i = 0; i < rounds; i++) {
+            const uint32_t k = key(i), digit = k >> (shift - DIGIT) & (BINS - 1);
+            if (k >> shift == prefix && digit) atomic_add(histogram + digit, 1);
         }
         sync_block();
-        found = search<BINS>(histogram, sums, found.left);
-        prefix = prefix << bits | found.digit;
-        shift -= bits;
-    };
-    if (found.count != found.left) refine(middle, MIDDLE);
-    if (found.count != found.left) refine(low, LOW);
+        found = search<BINS, WARPS>(histogram, sums, found.left);
+        prefix = prefix << DIGIT | found.digit;
+        shift -= DIGIT;
+    }
     // All above the threshold stay, and the first `ties` of those equal to it.
     const bool whole_bin = found.count == found.left;
     const uint32_t threshold = whole_bin ? (prefix << shift) - 1 : prefix, ties = whole_bin ? 0 : found.left;
@@ -165,24 +98,21 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
     // Above and equal, packed: there are fewer than 65536 neurons.
     uint32_t mine = 0;
     UNROLL for (uint32_t i = 0; i < rounds; i++)
-        if (inside(i)) mine += (key(i) > threshold) + ((uint32_t)(key(i) == threshold) << 16);
+        mine += (key(i) > threshold) + ((uint32_t)(key(i) == threshold) << 16);
     mine = warp_add(mine);
     if (lane == 0) kept[warp_index()] = mine;
     sync_block();
     if ((uint32_t)warp_index() * grid_x() / WARPS != (uint32_t)block_x()) return;
-    const uint32_t ahead = warp_add((int)lane < warp_index() ? kept[lane] : 0), below = (1u << lane) - 1;
-    uint32_t above = ahead & 0xffff, equal = ahead >> 16;
+    const uint32_t ahead = warp_add((int)lane < warp_index() ? kept[lane] : 0);
+    Keeper keeper = {threshold, ties, ahead & 0xffff, ahead >> 16};
     uint32_t* mask = p.masks ? p.masks + (uint64_t)group * words : nullptr;
     uint32_t* list = group == 0 ? p.index : nullptr;
     UNROLL for (uint32_t i = 0; i < rounds; i++) {
-        const uint32_t word = first + i, k = inside(i) ? key(i) : 0;
-        const uint32_t more = vote(inside(i) && k > threshold), same = vote(inside(i) && k == threshold);
-        const bool stays = more >> lane & 1 || (same >> lane & 1 && equal + count_bits(same & below) < ties);
-        const uint32_t bits = vote(stays);
-        if (stays && list) list[above + (equal < ties ? equal : ties) + count_bits(bits & below)] = 32 * word + lane;
+        const uint32_t word = first + i;
+        uint32_t place;
+        const uint32_t bits = keeper.word(key(i), place);
+        if (bits >> lane & 1 && list) list[place] = 32 * word + lane;
         if (lane == 0 && mask && i < each && word < words) mask[word] = bits;
-        above += count_bits(more);
-        equal += count_bits(same);
     }
     if (list && thread < 8 && keep % 8 && thread >= keep % 8) list[keep / 8 * 8 + thread] = 0;
 }

@@ -38,6 +38,7 @@ struct NormParams {
     uint32_t rows;            // rows of the residual stream, the stride of delta's splits
     uint32_t hidden;
     float epsilon;
+    uint32_t late;            // not 0: the kernel after the next may use what the one ahead of this one's wrote
 };
 
 // Products into Partial [splits][rows][n]. linear_skinny takes a second matrix, whose rows are those
@@ -86,6 +87,17 @@ struct SelectParams {
     uint32_t by_unit;
 };
 
+// Rows of sums as bytes with a scale each, as router_bytes.cuh multiplies them.
+struct NarrowParams {
+    Partial sums;         // columns at least `columns`
+    void* out;            // [rows up to a multiple of 8][pieces][64]
+    float* scales;        // [sequences]; NaN where a row is not finite
+    uint32_t rows;        // stride of the sums' splits
+    uint32_t sequences;   // rows to do
+    uint32_t columns;     // a multiple of 4
+    uint32_t pieces;      // of 64 columns; what is beyond `columns` becomes zero
+};
+
 // Biases, q/k norms, rotation; q to `q`, K and V to their pages; and which heads to keep.
 struct QkvParams {
     Partial qkv;            // columns at least (heads + 2 kv_heads) head_dim
@@ -103,7 +115,41 @@ struct QkvParams {
     uint32_t head_dim;
     uint32_t norm_dim;  // dimensions of the model's head; the others are zero
     float epsilon;
-    SelectParams select;  // sequences 0: no selection; else by the blocks of the last y
+    SelectParams select;  // sequences 0: no selection; else by blocks of a y of their own
+    NarrowParams narrow;  // the same, of the last y
+};
+
+// The MLP router's second product from bytes, as scores of the neurons: router_bytes.cuh.
+struct RouterBytesParams {
+    const void* z;          // as narrow_rows leaves it
+    const float* z_scales;
+    const void* w;          // tiles of 16 rows
+    const float* scales;    // [n]
+    float* scores;          // [groups of this launch][n]
+    const uint32_t* group;  // [rows]: 0 sums its rows, every other group is one row, NONE: not wanted
+    uint32_t rows;          // up to 64
+    uint32_t n;             // 0: nothing to do
+    uint32_t pieces;        // of 64 columns
+    uint32_t first_group;
+    uint32_t more;          // not 0: group 0's sums go on from what is in `scores`
+    uint32_t reserved;
+    uint32_t* arrived;      // attention_decode_scored: blocks that have scores, zero between launches; null: none wait
+};
+
+// The neurons with the largest sums of positive logits over the rows of a group.
+struct NeuronParams {
+    Partial logits;         // columns at least n
+    float* scores;          // [groups of this launch][n]
+    const uint32_t* group;  // [rows]
+    const uint32_t* last_group;  // groups after *last_group have no rows; null: all have
+    uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
+    uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
+    uint32_t* nan_count;
+    uint32_t rows;
+    uint32_t n;
+    uint32_t keep0;         // for group 0; NONE: that group keeps all
+    uint32_t keep_other;    // for every other group
+    uint32_t first_group;   // group of block 0
 };
 
 // One query token per sequence against its pages.
@@ -131,6 +177,9 @@ struct DecodeParams {
     uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
     uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
     float scale;                // of q k, times log2(e)
+    uint32_t reserved;
+    RouterBytesParams router;   // attention_decode_scored: work of the blocks ahead of their pages
+    NeuronParams choice;        // with router.arrived: group 0 alone, by a block more
 };
 
 // Operator level: the tables of DecodeParams from a host's block table and lengths (plan.cu).
@@ -224,33 +273,15 @@ struct ActivatedParams {
 // The MLP router's second product, as scores of the neurons.
 struct RouterParams {
     const void* z;          // T [rows][rank]
-    Partial first;          // router_scores_made: the first product's sums instead of z
-    const void* w;          // T [n][rank]; with scales, bytes as in router_bytes.cu
-    const float* scales;    // [n], null: w is of type T
-    float* scores;          // [groups of this launch][n]
-    const uint32_t* group;  // [rows]: 0 sums its rows, every other group is one row, NONE: not wanted
+    const void* w;          // T [n][rank]
+    float* scores;          // as RouterBytesParams has them, from here on
+    const uint32_t* group;
     uint32_t rows;
     uint32_t n;
     uint32_t rank;
-    uint32_t stride;        // bytes of a row of w, a multiple of 64, where it has scales
     uint32_t first_group;
-    uint32_t more;          // not 0: group 0's sums go on from what is in `scores`
-};
-
-// The neurons with the largest sums of positive logits over the rows of a group.
-struct NeuronParams {
-    Partial logits;         // columns at least n
-    float* scores;          // [groups of this launch][n]
-    const uint32_t* group;  // [rows]
-    const uint32_t* last_group;  // groups after *last_group have no rows; null: all have
-    uint32_t* index;        // [keep0 up to a multiple of 8] ascending, then zeros, of group 0; null: not wanted
-    uint32_t* masks;        // [groups][(n + 31) / 32]; null: not wanted
-    uint32_t* nan_count;
-    uint32_t rows;
-    uint32_t n;
-    uint32_t keep0;         // for group 0; NONE: that group keeps all
-    uint32_t keep_other;    // for every other group
-    uint32_t first_group;   // group of block 0
+    uint32_t more;
+    uint32_t reserved;
 };
 
 // Largest logit and log-sum-exp of each row.

@@ -66,6 +66,16 @@ DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(__cvta_generic_to_global(p)) : "memory");
 }
+// Constants, asked for where the call stands; 16 bytes past the multiprocessor's own cache.
+DEVICE float load_constant(const float* p) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+    return v;
+}
+DEVICE void load_constant(const void* p, uint32_t (&v)[4]) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(__cvta_generic_to_global(p)) : "memory");
+}
 DEVICE void begin_kernel() {
     let_next_start();
     wait_for_previous();
@@ -82,6 +92,14 @@ DEVICE uint32_t load_relaxed(const uint32_t* p) {
     uint32_t v;
     asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
+}
+// Until other blocks have counted so far, behind a fence; what they wrote ahead of theirs is seen from here on. The blocks
+// must be running or done, and this one must not have written anything that others see.
+DEVICE void wait_for_count(const uint32_t* p, uint32_t count) {
+    uint32_t v;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+    while (v < count);
+    __threadfence();
 }
 DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return atomicOr(p, v); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomicAdd((unsigned long long*)p, (unsigned long long)v); }
@@ -154,6 +172,13 @@ template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint3
 template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same of signed bytes, b too, over 32 k: each register four of them, k 4t.., and 4t+16.. where 2t+8.. stands above.
+DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

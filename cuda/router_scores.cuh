@@ -17,11 +17,10 @@ template <int MT, int NT> DEVICE void store_scores(const RouterParams& p, uint32
     UNROLL for (int m = 0; m < MT; m++) {
         UNROLL for (int high = 0; high < 2; high++) {
             const uint32_t neuron = neuron0 + 16 * m + g + 8 * high;
-            const float scale = p.scales && neuron < p.n ? p.scales[neuron] : 1.0f;
             float shared_score = p.more && p.first_group == 0 && t == 0 && neuron < p.n ? p.scores[neuron] : 0.0f;
             UNROLL for (int n = 0; n < NT; n++) {
                 UNROLL for (int i = 0; i < 2; i++) {
-                    const float logit = c[m][n][2 * high + i] * scale, score = logit < 0 ? 0.0f : logit;
+                    const float logit = c[m][n][2 * high + i], score = logit < 0 ? 0.0f : logit;
                     if (group[n][i] == 0) shared_score += score;
                     else if (group[n][i] != NONE && neuron < p.n)
                         p.scores[(uint64_t)(group[n][i] - p.first_group) * p.n + neuron] = score;

@@ -2,6 +2,7 @@
 // All read the sums that a product left as `splits` fp32 matrices, so no product has an epilogue.
 // Traffic: the row, once, from and to the L2; latency-bound at decode.
 #include "heads.cuh"
+#include "router_bytes.cuh"
 
 namespace rows {
 
@@ -22,7 +23,7 @@ template <class T> DEVICE void embed(const EmbedParams& p) {
 // residual / sqrt(mean square + eps) * weight. The row stays in shared memory between the passes; what
 // is constant is copied there while the kernel before still runs, each thread its own columns.
 template <class T> DEVICE void norm(const NormParams& p) {
-    let_next_start();
+    if (!p.late) let_next_start();
     SHARED_BYTES(shared);
     float* scratch = (float*)shared;
     float* row_values = scratch + 32;
@@ -35,6 +36,7 @@ template <class T> DEVICE void norm(const NormParams& p) {
     copy_commit();
     const uint32_t row = p.row_map ? p.row_map[block_x()] : block_x();
     wait_for_previous();
+    if (p.late) let_next_start();
     float sum = 0;
     const bool changed = p.delta.splits || p.delta_bias;
     for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
@@ -72,19 +74,26 @@ template <class T> DEVICE void norm(const NormParams& p) {
     }
 }
 
-// Block (row, y): a head of q, k or v for each warp: bias, norm, rotation, write. With a selection the last y
-// does that instead. Attention over selected heads can load nothing early and its blocks fill
-// the registers: with few rows it starts only when the product has ended, and leaves room for the MLP's router chain.
+// Block (row, y): a head of q, k or v for each warp: bias, norm, rotation, write. With a selection a y more does that,
+// and with rows to narrow the last one. Attention over selected heads can load nothing early and its blocks fill
+// the registers: with few rows it starts only when the product has ended, unless it has a router's matrix to load.
 constexpr uint32_t FEW_ROWS = 4;
 template <class T> DEVICE void qkv(const QkvParams& p) {
     const uint32_t row = block_x(), hd = p.head_dim, half = hd / 2;
-    const bool selects = p.select.sequences != 0, late = selects && p.rows <= FEW_ROWS;
+    const bool selects = p.select.sequences != 0, narrows = p.narrow.sequences != 0;
+    const bool late = selects && !narrows && p.rows <= FEW_ROWS;
     auto wait = [&] {
         wait_for_previous();
         if (late) let_next_start();
     };
     if (!late) let_next_start();
-    if (selects && block_y() == grid_y() - 1) {
+    if (narrows && block_y() == grid_y() - 1) {
+        wait();
+        SHARED_BYTES(shared);
+        if (row < p.narrow.sequences) router_bytes::narrow(p.narrow, row, (float*)shared);
+        return;
+    }
+    if (selects && block_y() == grid_y() - 1 - narrows) {
         wait();
         if (row < p.select.sequences) heads::select<T>(p.select, row);
         return;

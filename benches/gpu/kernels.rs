@@ -135,6 +135,7 @@ fn attention_case(
             segment_cost: SEGMENT_COST,
             early: 0,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
+            ..DecodeParams::default()
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
         let kind = if ragged { "ragged" } else { "equal" };
@@ -266,29 +267,34 @@ pub(crate) fn selective_mlp(gpu: &Gpu) {
 /// The router's second product; `width`: bytes of a number of its matrix.
 fn router_scores(gpu: &Gpu, width: u64, (rows, n, rank): (u32, u32, u32), group: Ptr, scores: Ptr) {
     let k = gpu.kernels(128, 1);
-    let (name, launch) = match width {
-        1 => ("router_scores_bytes", k.router_scores_bytes(rows, n)),
-        _ => ("router_scores", k.router_scores(rows, n)),
-    };
+    let name = if width == 1 { "router_scores_bytes" } else { "router_scores" };
     let bytes = u64::from(n) * u64::from(rank) * width;
     let copies = gpu.copies(bytes);
-    let (w, z) = (gpu.random(bytes / 2 * copies, 0.02), gpu.random(u64::from(rows * rank), 1.0));
+    let (w, z) =
+        (gpu.random(bytes / 2 * copies, 0.02), gpu.random(u64::from(rows.next_multiple_of(8) * rank), 1.0));
     // Two 16-bit numbers that are the size of a scale are a float of that size.
     let scales = gpu.random(2 * u64::from(n), 0.02);
     let us = gpu.time(copies, |i| {
-        let params = RouterParams {
-            z: z.at,
-            w: w.at.offset(i * bytes),
-            scales: if width == 1 { scales.at } else { Ptr::NULL },
-            scores,
-            group,
-            rows,
-            n,
-            rank,
-            stride: rank,
-            ..Default::default()
-        };
-        gpu.start(&launch, &params);
+        let w = w.at.offset(i * bytes);
+        if width == 1 {
+            let (z, z_scales, scales, pieces) = (z.at, scales.at, scales.at, rank / 64);
+            let params = RouterBytesParams {
+                z,
+                z_scales,
+                w,
+                scales,
+                scores,
+                group,
+                rows,
+                n,
+                pieces,
+                ..Default::default()
+            };
+            gpu.start(&k.router_scores_bytes(rows, n), &params);
+        } else {
+            let params = RouterParams { z: z.at, w, scores, group, rows, n, rank, ..Default::default() };
+            gpu.start(&k.router_scores(rows, n), &params);
+        }
     });
     let case = format!("{n}x{rank} B={rows}");
     gpu.report(name, &case, &format!(r#""rows":{rows},"n":{n},"k":{rank}"#), us, bytes as f64);
@@ -466,7 +472,7 @@ pub(crate) fn small(gpu: &Gpu) {
             head_dim: hd,
             ..QkvParams::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, 0), &qkv));
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, 0, false), &qkv));
         gpu.report("qkv", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let (keep, selected, nan) =
             (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
@@ -485,7 +491,7 @@ pub(crate) fn small(gpu: &Gpu) {
             ..SelectParams::default()
         };
         let both = QkvParams { select, ..qkv };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, kv_heads), &both));
+        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, kv_heads, false), &both));
         gpu.report("qkv+select", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let act = ActivateParams {
             input: Partial { data: sums.at, splits: k.linear(rows, 2 * ffn, d).1, columns: 2 * ffn },

@@ -128,7 +128,7 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
             select: if sparse { select } else { SelectParams::default() },
             ..QkvParams::default()
         };
-        gpu.start(&k.qkv(batch, HEADS + 2 * KV_HEADS, if sparse { KV_HEADS } else { 0 }), &params);
+        gpu.start(&k.qkv(batch, HEADS + 2 * KV_HEADS, if sparse { KV_HEADS } else { 0 }, false), &params);
         let params = DecodeParams {
             q: q.at,
             kv,
@@ -153,6 +153,7 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
             segment_cost: SEGMENT_COST,
             early,
             scale: std::f32::consts::LOG2_E / (HD as f32).sqrt(),
+            ..DecodeParams::default()
         };
         gpu.start(&decode, &params);
         let product = LinearParams {

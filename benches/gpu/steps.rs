@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments that make steps with another choice between equivalent launches.
-pub(crate) const TUNINGS: &[&str] = &["tuning:serial", "tuning:unmade", "tuning:small", "tuning:parts"];
+pub(crate) const TUNINGS: &[&str] =
+    &["tuning:serial", "tuning:unmade", "tuning:small", "tuning:parts", "tuning:apart", "tuning:side"];
 
 /// Begins an argument that names the points to run.
 pub(crate) const ONLY: &str = "only:";
@@ -28,6 +29,8 @@ fn tuning() -> Tuning {
         made: !wants("unmade"),
         large: !wants("small"),
         activated: !wants("parts"),
+        along: !wants("apart"),
+        choose: !wants("side"),
     }
 }
 

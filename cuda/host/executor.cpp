@@ -38,7 +38,7 @@ const std::function<void()>* body;
 int block_arrived;
 uint64_t block_generation;
 uint64_t progress;
-bool stopped;
+bool stopped, postponed;
 
 #ifdef __x86_64__
 void* main_sp;
@@ -91,6 +91,7 @@ void prepare(Fiber& f) {
     f.thread.stack = f.stack.get();
     f.thread.groups.clear();
     f.thread.open.clear();
+    f.thread.products.clear();
 #ifdef __x86_64__
     // The stack as the switch leaves it: six registers, then the address it returns to. At a
     // function's entry the stack pointer is 8 past a multiple of 16.
@@ -114,6 +115,12 @@ Warp& warp() { return warps[self->index / 32]; }
 
 void yield() {
     leave(*current);
+}
+
+void postpone() {
+    postponed = true;
+    leave(*current);
+    abort();
 }
 
 void stop() {
@@ -158,7 +165,11 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
     if (g.seed) std::shuffle(blocks.begin(), blocks.end(), random);
     std::vector<unsigned char> memory(g.shared_bytes + 2048);
     shared = (unsigned char*)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023);
-    for (int block : blocks) {
+    // Blocks that waited for others run again from their start; those that still wait then would for ever.
+    size_t again = 0;
+    for (size_t next = 0; next < blocks.size(); next++) {
+        const int block = blocks[next];
+        postponed = false;
         block_x = block % g.x;
         block_y = block / g.x;
         memset(memory.data(), 0xff, memory.size());  // NaN in every float type
@@ -190,9 +201,16 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
                 enter(f);
                 self = nullptr;
                 if (stopped) return 0;
+                if (postponed) break;
                 if (f.done) left--;
             }
+            if (postponed) break;
             if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return 2;
+        }
+        if (postponed) {
+            if (again++ > blocks.size()) return 2;
+            blocks.push_back(block);
+            continue;
         }
         if (std::none_of(fibers.begin(), fibers.begin() + g.threads, [](const Fiber& f) { return f.thread.waited; })) return 3;
     }

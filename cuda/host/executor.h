@@ -62,6 +62,7 @@ extern std::vector<Late> late;
 extern std::vector<Warp> warps;
 Warp& warp();
 void yield();
+[[noreturn]] void postpone();  // this block, which has written nothing, to when all others have run
 [[noreturn]] void stop();  // this thread and with it the launch
 void sync_block();
 void sync_warp();

@@ -13,6 +13,9 @@ struct Named { const char* name; Entry entry; };
     ONE(name##_bf16_64, Params) ONE(name##_bf16_80, Params) ONE(name##_bf16_96, Params)      \
     ONE(name##_bf16_128, Params) ONE(name##_f16_64, Params) ONE(name##_f16_80, Params)       \
     ONE(name##_f16_96, Params) ONE(name##_f16_128, Params)
+#define SCORED(name)                                                                         \
+    ONE(name##_bf16_64, DecodeParams) ONE(name##_bf16_128, DecodeParams)                     \
+    ONE(name##_f16_64, DecodeParams) ONE(name##_f16_128, DecodeParams)
 #define ROWS(name, Params)                                                                   \
     ONE(name##_bf16_1, Params) ONE(name##_bf16_2, Params) ONE(name##_bf16_4, Params)         \
     ONE(name##_bf16_8, Params) ONE(name##_f16_1, Params) ONE(name##_f16_2, Params)           \
@@ -23,6 +26,7 @@ const Named kernels[] = {
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
     SIZES(attention_decode_large, DecodeParams)
     SIZES(attention_decode_tall, DecodeParams)
+    SCORED(attention_decode_scored) SCORED(attention_decode_scored_large)
     SIZES(attention_prefill, PrefillParams)
     ONE(attention_prefill_bf16_256, PrefillParams) ONE(attention_prefill_f16_256, PrefillParams)
     SIZES(attention_prefill_small, PrefillParams)
@@ -34,8 +38,8 @@ const Named kernels[] = {
     BOTH(mlp_down, DownParams)
     ROWS(linear_up, LinearParams)
     ROWS(router_scores, RouterParams)
-    ROWS(router_scores_bytes, RouterParams)
-    BOTH(router_scores_made, RouterParams)
+    ONE(router_scores_bytes, RouterBytesParams)
+    ONE(narrow_rows, NarrowParams)
     BOTH(linear_tile_nt, LinearParams)
     BOTH(linear_tile_nn, LinearParams)
     BOTH(linear_activated, ActivatedParams)
@@ -82,9 +86,9 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
     const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
-                              sizeof(QkvParams), sizeof(SelectParams), sizeof(DecodeParams), sizeof(PlanParams),
+                              sizeof(NarrowParams), sizeof(QkvParams), sizeof(RouterBytesParams), sizeof(SelectParams), sizeof(NeuronParams), sizeof(DecodeParams), sizeof(PlanParams),
                               sizeof(ZeroParams), sizeof(MarkParams), sizeof(PrefillTile),
-                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(ActivatedParams), sizeof(RouterParams), sizeof(NeuronParams), sizeof(ArgmaxParams),
+                              sizeof(PrefillParams), sizeof(ActivateParams), sizeof(ActivatedParams), sizeof(RouterParams), sizeof(ArgmaxParams),
                               sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),
                               sizeof(TransposeParams), sizeof(ConvertParams), sizeof(StreamParams), sizeof(FillParams)};
     const int n = sizeof sizes / sizeof *sizes;

@@ -38,6 +38,8 @@ DEVICE void wait_for_previous() { host::wait_for_previous(); }
 DEVICE void begin_kernel() { wait_for_previous(); }
 DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
 DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
+DEVICE float load_constant(const float* p) { return *p; }
+DEVICE void load_constant(const void* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
 DEVICE void sync_warp() { host::sync_warp(); }
@@ -45,6 +47,10 @@ DEVICE void meet_warp() { host::meet_warp(); }
 DEVICE void fence_device() { host::fence(); }
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return host::fetch_add(p, v); }
 DEVICE uint32_t load_relaxed(const uint32_t* p) { return host::fetch_add(const_cast<uint32_t*>(p), 0u); }
+DEVICE void wait_for_count(const uint32_t* p, uint32_t count) {
+    while (load_relaxed(p) < count) host::postpone();
+    fence_device();
+}
 DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return host::fetch_or(p, v); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return host::fetch_add(p, v); }
 DEVICE uint64_t atomic_max(uint64_t* p, uint64_t v) { return host::fetch_max(p, v); }
@@ -141,6 +147,23 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
             sum += half_of<T>(x, k % 2) * half_of<T>(y, k % 2);
         }
         c[i] += sum;
+    }
+    meet_warp();
+}
+
+DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    host::Warp& w = host::warp();
+    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; i++) w.words[lane][i] = a[i];
+    for (int i = 0; i < 2; i++) w.words[lane][4 + i] = b[i];
+    meet_warp();
+    for (int i = 0; i < 4; i++) {
+        const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        for (int k = 0; k < 32; k++) {
+            const uint32_t x = w.words[(row % 8) * 4 + (k % 16) / 4][row / 8 + 2 * (k / 16)];
+            const uint32_t y = w.words[column * 4 + (k % 16) / 4][4 + k / 16];
+            c[i] += (int)(int8_t)(x >> (8 * (k % 4))) * (int)(int8_t)(y >> (8 * (k % 4)));
+        }
     }
     meet_warp();
 }

@@ -2,6 +2,7 @@
 
 use crate::bench::{Bench, Rng, close};
 use crate::orders;
+use crate::router::Scores;
 use polar_sparsity::backend::cuda::launch::{Kernels, TileSize};
 use polar_sparsity::backend::cuda::line::Line;
 use polar_sparsity::backend::cuda::params::*;
@@ -94,6 +95,8 @@ struct Case {
     large: bool,
     /// Least pages of a piece on the line; not 0: a worker for each.
     pages: u32,
+    /// Neurons of an MLP router whose scores are taken along, its rank, and how many are chosen; 0: none.
+    scores: (usize, usize, usize),
 }
 
 /// The output as bytes and the reference.
@@ -145,7 +148,15 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let prefix: Vec<u32> = line.prefix(pieces).collect();
     tables.push(0);
     let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
-    let launch = k.decode(n as u32, c.large, false);
+    let (neurons, rank, chosen) = c.scores;
+    let scores = (neurons > 0).then(|| {
+        let scores = Scores::new(bench, (n, neurons, rank), 0, false);
+        if chosen > 0 { scores.choosing(bench, chosen) } else { scores }
+    });
+    let launch = match scores {
+        None => k.decode(n as u32, c.large, false),
+        Some(_) => k.decode_scored(n as u32, c.large, (chosen > 0).then_some(neurons as u32)).unwrap(),
+    };
     let out = bench.room(2 * expected.len());
     let counters = bench.words(&vec![0; n * c.kv_heads]);
     let lse = bench.room(4 * n * heads);
@@ -178,6 +189,9 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         segment_cost: SEGMENT_COST,
         early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),
+        reserved: 0,
+        router: scores.as_ref().map(|s| s.params).unwrap_or_default(),
+        choice: scores.as_ref().map(|s| s.choice).unwrap_or_default(),
     };
     // The newest page of each sequence is being written until the kernel has waited, or all pages are.
     let page_bytes = (c.kv_heads * 32 * c.hd * 2) as u64;
@@ -207,7 +221,9 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     }
     close(&a, &b, limit, &format!("decode hd {} group {} {:?}", c.hd, c.group, c.lengths));
     assert!(bench.read_words(counters, n * c.kv_heads).iter().all(|&c| c == 0), "counters are not reset");
-    bench.bytes(out, 2 * expected.len())
+    let mut left = bench.bytes(out, 2 * expected.len());
+    left.extend(scores.into_iter().flat_map(|s| s.check(bench)));
+    left
 }
 
 fn case() -> Case {
@@ -224,6 +240,7 @@ fn case() -> Case {
         early: true,
         large: false,
         pages: 0,
+        scores: (0, 0, 0),
     }
 }
 
@@ -297,6 +314,32 @@ pub fn decode_in_large_blocks() {
         });
     }
     decode(&Bench::new(3), &Case { large: true, ..one_long(60, 128, 8) });
+}
+
+/// With the scores of neurons: fewer and more tiles than blocks, blocks without pages, dense and selected heads.
+#[test]
+pub fn decode_takes_scores_along() {
+    let along = |scores| Case { scores, multiprocessors: 3, min_pages: 1, kv_heads: 2, ..case() };
+    for dtype in [DType::BF16, DType::F16] {
+        for (hd, large, chosen) in [(64, false, 41), (64, true, 0), (128, false, 0), (128, true, 41)] {
+            let case = Case { dtype, hd, large, ..along((136, 72, chosen)) };
+            decode(&Bench::new(0), &Case { lengths: vec![0, 1, 17, 83], keep: vec![1; 4], ..case });
+        }
+    }
+    for (scores, keep, large) in
+        [((40, 64, 40), vec![], true), ((430, 72, 130), vec![2, 1, 2, 1, 2, 1], false)]
+    {
+        orders(|b| {
+            let lengths = vec![0, 1, 15, 16, 17, 40];
+            decode(b, &Case { large, lengths, keep: keep.clone(), group: 4, ..along(scores) })
+        });
+    }
+    for (rows, rank, chosen) in [(9, 1024, 0), (33, 72, 100), (64, 72, 7)] {
+        let lengths: Vec<_> = (0..rows).map(|i| i * 7 % 20).collect();
+        decode(&Bench::new(3), &Case { keep: vec![1; rows], lengths, ..along((136, rank, chosen)) });
+    }
+    // Nothing to attend to.
+    decode(&Bench::new(0), &Case { lengths: vec![0; 3], ..along((136, 72, 8)) });
 }
 
 /// A sequence of one KV head, in as many parts as there are workers.

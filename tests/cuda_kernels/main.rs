@@ -14,6 +14,7 @@ mod linear;
 mod ops;
 mod ops_mlp;
 mod races;
+mod router;
 mod rows;
 mod sampling;
 mod selection;

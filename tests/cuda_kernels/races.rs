@@ -3,7 +3,7 @@
 
 use crate::bench::with_races;
 use crate::host_device::{self, Library, root};
-use crate::{activated, attention, linear, ops, ops_mlp, rows, sampling, selection};
+use crate::{activated, attention, linear, ops, ops_mlp, router, rows, sampling, selection};
 use polar_sparsity::backend::cuda::launch::{Id, Launch, NAMES};
 use polar_sparsity::backend::cuda::params::Ptr;
 
@@ -28,7 +28,9 @@ const CASES: &[fn()] = &[
     linear::down_products_of_every_number_of_rows,
     linear::down_products_of_chunks,
     linear::down_products_that_make_their_input,
-    linear::router_products_leave_scores,
+    router::router_products_leave_scores,
+    router::rows_become_bytes,
+    attention::decode_takes_scores_along,
     activated::products_with_an_activation_at_every_edge,
     activated::products_of_listed_rows_with_an_activation,
     linear::tiled_products_with_ragged_edges,

@@ -115,6 +115,7 @@ fn norm(bench: &Bench, layer_norm: bool, splits: usize, mapped: bool) -> Vec<u8>
             rows: rows as u32,
             hidden: hidden as u32,
             epsilon: eps as f32,
+            late: u32::from(rows % 2 == 0),
         },
     );
     close(&bench.read_half(out, expected.len(), T), &expected, ROUNDING, "norm");
@@ -190,7 +191,7 @@ fn qkv(
     let kv = bench.room(2 * pool.len());
     let or_null = |on: bool, v: &[f64]| if on { bench.half(v, T) } else { Ptr::NULL };
     bench.start(
-        &kernels(hd as u32, group as u32).qkv(rows as u32, (heads + 2 * kv_heads) as u32, 0),
+        &kernels(hd as u32, group as u32).qkv(rows as u32, (heads + 2 * kv_heads) as u32, 0, false),
         &QkvParams {
             qkv: parts(bench, &mut rng, &qkv, 2, columns),
             bias: or_null(biased, &bias),
@@ -255,7 +256,7 @@ pub fn qkv_selects_heads_beside_its_work() {
                 };
                 let router = select.units * select.per_unit;
                 let all = (heads + 2 * kv_heads) as u32;
-                bench.start(&kernels(hd as u32, group as u32).qkv(rows, all, router), &params);
+                bench.start(&kernels(hd as u32, group as u32).qkv(rows, all, router, false), &params);
                 [bench.bytes(q, bytes), bench.bytes(kv, 2 * HEAD_ROWS * kv_heads * 32 * hd)].concat()
             };
             let (with, without) = (run(case.params), run(SelectParams::default()));

@@ -57,20 +57,6 @@ impl SkinnyCut {
         SkinnyCut { variant, neurons: 64 * mt, shared }
     }
 
-    /// With a matrix of 8-bit numbers: steps of 128 columns, and as many buffers of the other side as steps.
-    pub(super) fn bytes(rows: u32) -> SkinnyCut {
-        let cut = SkinnyCut::new(rows, SkinnyCut::DEPTH);
-        let (nt, mt) = (1u32 << cut.variant, cut.neurons / 64);
-        let depth = [6, 6, 4, 3][cut.variant]; // as `router_bytes.cu` has it
-        SkinnyCut { shared: depth * (4 * mt * 2048 + nt * 8 * (128 * 2 + 64)), ..cut }
-    }
-
-    /// With all of the other side, of up to 8 rows, made by each block.
-    pub(super) fn bytes_made(rank: u32) -> SkinnyCut {
-        let shared = 4 * 8 * 2048 + 8 * (rank.next_multiple_of(128) * 2 + 64);
-        SkinnyCut { variant: 0, neurons: 64, shared }
-    }
-
     pub(super) fn launch(&self) -> Launch {
         Launch { kernel: Id(0), grid: (1, 1), threads: 128, shared: self.shared }
     }

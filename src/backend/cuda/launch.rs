@@ -27,7 +27,7 @@ macro_rules! names {
     ($($name:literal)*; by rows: $($sized:literal)*) => {
         /// Every kernel of `cuda/kernels.cu`.
         pub const NAMES: &[&str] = &[$(concat!($name, "_bf16"), concat!($name, "_f16")),*,
-            "neuron_scores", "select_neurons", "select_neurons_large", "attention_plan", "zero_heads", "mark_rows", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
+            "neuron_scores", "narrow_rows", "router_scores_bytes", "select_neurons", "select_neurons_large", "attention_plan", "zero_heads", "mark_rows", "argmax", "count_tokens", "sample_penalised", "sample_bins", "sample_finish", "transpose16", "convert", "read_stream", "fill_bf16", "fill_f16",
             "attention_decode_bf16_64", "attention_decode_bf16_80", "attention_decode_bf16_96",
             "attention_decode_bf16_128", "attention_decode_bf16_256",
             "attention_decode_f16_64", "attention_decode_f16_80", "attention_decode_f16_96",
@@ -40,6 +40,10 @@ macro_rules! names {
             "attention_decode_tall_bf16_96", "attention_decode_tall_bf16_128",
             "attention_decode_tall_f16_64", "attention_decode_tall_f16_80",
             "attention_decode_tall_f16_96", "attention_decode_tall_f16_128",
+            "attention_decode_scored_bf16_64", "attention_decode_scored_bf16_128",
+            "attention_decode_scored_f16_64", "attention_decode_scored_f16_128",
+            "attention_decode_scored_large_bf16_64", "attention_decode_scored_large_bf16_128",
+            "attention_decode_scored_large_f16_64", "attention_decode_scored_large_f16_128",
             "attention_prefill_bf16_64", "attention_prefill_bf16_80", "attention_prefill_bf16_96",
             "attention_prefill_bf16_128", "attention_prefill_bf16_256",
             "attention_prefill_f16_64", "attention_prefill_f16_80", "attention_prefill_f16_96",
@@ -59,8 +63,8 @@ macro_rules! names {
 }
 
 names! { "embed" "norm" "qkv" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"mlp_down" "router_scores_made";
-by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "router_scores" "router_scores_bytes" }
+"mlp_down";
+by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "router_scores" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -77,10 +81,6 @@ pub const LIBRARY_COLUMNS: u32 = 16_384;
 pub const MAX_DOWN_SPLITS: u32 = 16;
 /// Rows up to which the down product makes its own input from the up product's sums.
 pub const MADE_ROWS: u32 = 4;
-/// Rows up to which the MLP router's second product makes its own input from the first one's sums.
-pub const ROUTER_MADE_ROWS: u32 = 2;
-/// Most parts of those sums, which every block of that product adds.
-pub const ROUTER_MADE_SPLITS: u32 = 8;
 /// Rows up to which the up product of listed rows is not done by warpgroups: their blocks, half a multiprocessor each,
 /// come later than small ones beside the kernels ahead (on an H200 steps of 1 and 8 rows 1 to 2 % slower).
 const NARROW_UP_ROWS: u32 = 16;
@@ -114,11 +114,15 @@ pub struct Tuning {
     pub large: bool,
     /// Products of few rows do their activation too, see [`Kernels::product_activated`].
     pub activated: bool,
+    /// Decode attention takes the MLP router's scores along, see [`Kernels::takes_scores`].
+    pub along: bool,
+    /// And chooses the neurons, see [`Kernels::chooses`].
+    pub choose: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true, large: true, activated: true }
+        Tuning { beside: true, made: true, large: true, activated: true, along: true, choose: true }
     }
 }
 
@@ -145,13 +149,15 @@ pub struct Kernels {
     pub(super) decode: Id,
     /// In blocks of eight warps, where they fit.
     pub(super) decode_large: Option<Id>,
+    /// The same two that take the MLP router's scores along, where they are.
+    pub(super) decode_scored: [Option<Id>; 2],
     /// Large tiles, small ones.
     prefill: [Id; 2],
     skinny: [Id; 4],
     up: [Id; 4],
     router: [Id; 4],
-    router_bytes: [Id; 4],
-    router_made: Id,
+    router_bytes: Id,
+    narrow: Id,
     down: [Id; 3],
     /// Matrices stored `[n, k]`, and `[k, n]`.
     pub(super) wide: [[Id; 4]; 2],
@@ -231,6 +237,9 @@ impl Kernels {
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
             decode_large: large.transpose().map_err(unsupported)?,
+            decode_scored: ["", "_large"].map(|size| {
+                find(&format!("attention_decode_scored{size}_{t}_{head_dim}")).filter(|_| tall.is_empty())
+            }),
             prefill: [
                 sized("attention_prefill").map_err(unsupported)?,
                 sized(if head_dim > 128 { "attention_prefill" } else { "attention_prefill_small" })
@@ -239,8 +248,8 @@ impl Kernels {
             skinny: by_rows("linear_skinny")?,
             up: by_rows("linear_up")?,
             router: by_rows("router_scores")?,
-            router_bytes: by_rows("router_scores_bytes")?,
-            router_made: each("router_scores_made")?,
+            router_bytes: by_name("router_scores_bytes")?,
+            narrow: by_name("narrow_rows")?,
             down: [
                 by_name(&format!("linear_down_{t}_1"))?,
                 by_name(&format!("linear_down_{t}_2"))?,
@@ -273,11 +282,17 @@ impl Kernels {
     }
 
     /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v); `router`: rows of the
-    /// router by which it selects heads as well, 0: none.
-    pub fn qkv(&self, rows: u32, heads: u32, router: u32) -> Launch {
+    /// router by which it selects heads as well, 0: none; `narrows`: it makes bytes of up to [`MOST_RANK`] columns as well.
+    pub fn qkv(&self, rows: u32, heads: u32, router: u32, narrows: bool) -> Launch {
         let y = heads.div_ceil(8);
         let (selects, shared) = if router > 0 { (1, select_bytes(router)) } else { (0, 0) };
-        Launch { kernel: self.qkv, grid: (rows, y + selects), threads: 256, shared }
+        let shared = if narrows { narrow_bytes(MOST_RANK).max(shared) } else { shared };
+        Launch { kernel: self.qkv, grid: (rows, y + selects + u32::from(narrows)), threads: 256, shared }
+    }
+
+    /// Bytes of rows of sums, so many pieces of 64 each.
+    pub fn narrow_rows(&self, rows: u32, pieces: u32) -> Launch {
+        Launch { kernel: self.narrow, grid: (rows, 1), threads: 256, shared: narrow_bytes(64 * pieces) }
     }
 
     /// Activation of `n` neurons.
@@ -318,22 +333,12 @@ impl Kernels {
         Launch { kernel: self.router[cut.variant], grid: (n.div_ceil(cut.neurons), 1), ..cut.launch() }
     }
 
-    /// The same from a matrix of 8-bit numbers, see `cuda/router_bytes.cu`.
+    /// The same of bytes, see `cuda/router_bytes.cuh`.
     pub fn router_scores_bytes(&self, rows: u32, n: u32) -> Launch {
-        let cut = SkinnyCut::bytes(rows);
-        Launch { kernel: self.router_bytes[cut.variant], grid: (n.div_ceil(cut.neurons), 1), ..cut.launch() }
-    }
-
-    /// The same for up to [`ROUTER_MADE_ROWS`] rows, from the sums of the first product. None where its input does not
-    /// fit in shared memory.
-    pub fn router_scores_made(&self, rows: u32, n: u32, rank: u32) -> Option<Launch> {
-        let cut = SkinnyCut::bytes_made(rank);
-        let serves = rows <= ROUTER_MADE_ROWS && cut.shared <= self.shared_per_block;
-        serves.then(|| Launch {
-            kernel: self.router_made,
-            grid: (n.div_ceil(cut.neurons), 1),
-            ..cut.launch()
-        })
+        // With room for four warps' sums.
+        let room = router_bytes_room(rows);
+        let shared = room + (room - ROW_BYTES) / 4;
+        Launch { kernel: self.router_bytes, grid: (n.div_ceil(64), 1), threads: 128, shared }
     }
 
     /// Neuron selection of `groups` groups, from their scores.
@@ -350,6 +355,12 @@ impl Kernels {
     /// Whether a layer of `n` neurons fits the neuron selection.
     pub fn neurons_fit(&self, n: u32) -> bool {
         neuron_bytes(n) <= self.shared_per_block && n < 1 << 16
+    }
+
+    /// Whether bytes can be made of rows of an MLP router of that rank.
+    pub fn rank_fits(&self, rank: usize) -> bool {
+        u32::try_from(rank)
+            .is_ok_and(|r| narrow_bytes(r.saturating_add(63) / 64 * 64) <= self.shared_per_block)
     }
 
     /// Most likely tokens.
@@ -516,11 +527,32 @@ impl Kernels {
 const SAMPLE_SUMS: u32 = 1024 + 1024 * 16;
 const TILE_SHARED: u32 = 3 * (128 + 128) * 64 * 2;
 
+/// Shared memory for so many rows of bytes that a router's matrix is multiplied with, of up to 1024 columns at a time
+/// (`room` in `cuda/router_bytes.cuh`).
+pub(super) fn router_bytes_room(rows: u32) -> u32 {
+    let tiles = if rows <= 8 { 1 } else { rows.div_ceil(32) * 4 };
+    tiles * 8192 + ROW_BYTES
+}
+
+/// What lies ahead of them (`HEAD` there).
+const ROW_BYTES: u32 = 4 * (2 * 64 + 16 * 8);
+
+/// Words of shared memory for choosing among `n` neurons by one block (`select_words` in `cuda/neuron_select.cuh`).
+pub(super) fn select_words(n: u32) -> u32 {
+    2 * 32 + 4096 + 2 * 1024 + n.next_multiple_of(32)
+}
+
+/// Columns of a row of bytes that the router's second product takes at a time, and decode attention along.
+pub(super) const MOST_RANK: u32 = 1024;
+
+fn narrow_bytes(columns: u32) -> u32 {
+    columns.saturating_add(32).saturating_mul(4)
+}
+
 fn select_bytes(router: u32) -> u32 {
     (256 + 256 + 8 + router) * 4
 }
 
 fn neuron_bytes(n: u32) -> u32 {
-    let keys = if n > REGISTER_NEURONS { n.next_multiple_of(32) } else { 0 };
-    (2 * 32 + 4096 + 2 * 1024 + keys) * 4
+    select_words(if n > REGISTER_NEURONS { n } else { 0 }) * 4
 }

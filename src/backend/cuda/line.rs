@@ -1,10 +1,11 @@
 //! How decode attention cuts its work, see `cuda/attention_decode.cu`: pieces, the kept KV heads of the sequences, lie on
 //! a line of virtual pages, and workers, blocks of the kernel, own equal intervals of it.
 
-use super::launch::{Kernels, Launch};
+use super::launch::{Kernels, Launch, SKINNY_ROWS, router_bytes_room, select_words};
 use super::params::SEGMENT_COST;
 use crate::error::{Error, Result};
 use std::iter::once;
+use std::ops::RangeInclusive;
 
 /// Bytes of the cache that decode attention keeps under way, a multiprocessor. Enough for the latency; more would
 /// only queue, and then some multiprocessors are served first and end early while others end late.
@@ -20,6 +21,8 @@ const MOST_PIECES: u32 = 4;
 const FEW_PIECES: u32 = 8;
 const LONG_PAGES: u32 = 200;
 const MANY_ROWS: u32 = 4;
+/// Sequences whose scores decode attention takes along. With fewer it ends before they are there.
+const ALONG: RangeInclusive<u32> = 5..=SKINNY_ROWS;
 
 /// A step's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,6 +104,51 @@ impl Kernels {
         };
         let shared = bytes(warps, self.head_dim, self.group, self.stages);
         Launch { kernel, grid: (blocks, 1), threads: 32 * warps, shared }
+    }
+
+    /// Whether decode attention takes the MLP router's scores of so many sequences along: its blocks have room for what they
+    /// need and find memory idle when they start.
+    pub fn takes_scores(&self, sequences: u32) -> bool {
+        let [small, large] = self.decode_scored;
+        self.tuning.along
+            && ALONG.contains(&sequences)
+            && small.is_some()
+            && self.scored_bytes(4, sequences) <= self.decode_room(false).0
+            && (self.decode_large.is_none()
+                || large.is_some() && self.scored_bytes(8, sequences) <= self.shared_per_block)
+    }
+
+    /// Whether a block of that kernel, which is `large` or not, may choose among `n` neurons as well.
+    pub fn chooses(&self, n: u32, large: bool) -> bool {
+        let (room, most) = self.decode_room(large);
+        self.tuning.choose && select_words(n) * 4 <= room && n < 1 << 16 && most > 1
+    }
+
+    /// Shared memory that a block may have, and how many blocks run at once.
+    fn decode_room(&self, large: bool) -> (u32, u32) {
+        if large {
+            return (self.shared_per_block, self.multiprocessors);
+        }
+        let each = (self.shared_per_block + 1024) / self.decode_blocks - 1024;
+        (self.shared_per_block.min(each), self.decode_workers())
+    }
+
+    /// Decode attention with those scores; `choice`: so many neurons from which a block of its own chooses.
+    pub fn decode_scored(&self, sequences: u32, large: bool, choice: Option<u32>) -> Option<Launch> {
+        let large = large && self.decode_large.is_some();
+        let launch = self.decode(sequences, large, false);
+        let kernel = self.decode_scored[usize::from(large)]?;
+        let shared =
+            self.scored_bytes(launch.threads / 32, sequences).max(choice.map_or(0, |n| 4 * select_words(n)));
+        let blocks = (launch.grid.0 + u32::from(choice.is_some())).min(self.decode_room(large).1);
+        Some(Launch { kernel, grid: (blocks, 1), shared, ..launch })
+    }
+
+    /// What a router multiplies lies where the pages of the stages after the first would.
+    fn scored_bytes(&self, warps: u32, sequences: u32) -> u32 {
+        let page = 64 * self.head_dim;
+        let taken = (warps * page + router_bytes_room(sequences)).saturating_sub(warps * self.stages * page);
+        bytes(warps, self.head_dim, self.group, self.stages) + taken
     }
 }
 

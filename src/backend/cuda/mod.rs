@@ -284,13 +284,13 @@ impl<D: Device> Backend for Cuda<D> {
         w: &Self::Weights,
         kv: &mut Self::Kv,
         s: &mut Self::Scratch,
-        _: &Step,
+        step: &Step,
         layer: usize,
         live: Live,
     ) -> Result<()> {
         self.stage(s, |s| {
             layer_of(w, layer)?;
-            self.run_attend(w, kv, s, layer, live)
+            self.run_attend(w, kv, s, step, layer, live)
         })
     }
 

@@ -1,17 +1,23 @@
-//! The selective MLP: its router chain, most of which runs beside QKV and attention, and the two products that
-//! read only the chosen neurons' rows.
+//! The selective MLP: its router, and the two products that read only the chosen neurons' rows.
 //!
-//! Main: attention norm, router down, QKV, attention, output projection, MLP norm, up, down.
-//! Side: fork after router down; its sums, router up, selection; join before the MLP norm. Router down is in line
-//! because it is small and its blocks would wait for those of QKV, which come early, to end: what depends on it
-//! can then take the places that QKV's first blocks leave. The join makes the norm start in order, not early, so the
-//! list is complete before that norm begins, and what comes after it may read it, and start on weights, before
-//! the kernels ahead end. No buffer that the side writes is used by the main stream in between, nor the other
-//! way round.
+//! Where decode attention takes the scores along ([`Kernels::takes_scores`](super::launch::Kernels::takes_scores)): the
+//! router's first product goes with QKV's, the `qkv` kernel makes bytes of it, the blocks of decode attention multiply
+//! these ahead of their pages, and one block more chooses ([`Kernels::chooses`](super::launch::Kernels::chooses)), or
+//! a kernel on the side stream. The list is complete when attention ends; what comes next has waited for that, and the
+//! norm lets its successor start only then (`NormParams::late`).
+//!
+//! Elsewhere the router is a chain beside QKV and attention. Main: attention norm, router down, QKV, attention, output
+//! projection, MLP norm, up, down. Side: fork after router down; its bytes, scores, selection; join before the MLP norm.
+//! Router down is in line because it is small and its blocks would wait for those of QKV, which come early, to end: what
+//! depends on it can then take the places that QKV's first blocks leave. The join makes the norm start in order, not
+//! early, so the list is complete before that norm begins.
+//!
+//! Either way, what comes after that norm may read the list, and start on weights, before the kernels ahead end. No buffer
+//! that the side writes is used by the main stream in between, nor the other way round.
 
 use super::Cuda;
 use super::device::{Device, start_beside};
-use super::launch::{Launch, ROUTER_MADE_ROWS, ROUTER_MADE_SPLITS, SKINNY_ROWS};
+use super::launch::{Launch, MOST_RANK, SKINNY_ROWS};
 use super::params::*;
 use super::routers::LayerRouters;
 use super::scratch::{CudaScratch, Pending};
@@ -22,13 +28,13 @@ use crate::error::Result;
 use crate::sparsity::Rule;
 use std::ops::RangeInclusive;
 
-/// Share of neurons above which a layer runs dense. Measured at the shapes of OPT-6.7B: at .517 of the neurons 32
-/// rows gain 5 %, at .5 64 rows 4 %, and at .623 they lose 1 %. With more rows the dense products get cheaper per row,
-/// and the router chain waits for room beside attention.
+/// Share of neurons above which a layer runs dense. Measured at the shapes of OPT-6.7B (H200): at .517 of the neurons 32
+/// rows gain 7 %, at .623 64 rows 3 to 4 %. With more rows the dense products get cheaper per row, and the router is a
+/// chain that waits for room beside attention.
 pub(super) fn break_even(batch: u32) -> f32 {
     match batch {
         0..=16 => 0.6,
-        17..=64 => 0.55,
+        17..=64 => 0.65,
         _ => 0.2,
     }
 }
@@ -38,16 +44,22 @@ pub(super) fn break_even(batch: u32) -> f32 {
 /// not chosen, as a rule. At 8 and 32 on an H200 steps become 1 to 4 % faster.
 pub(super) const SIDE_FIRST: RangeInclusive<u32> = 8..=32;
 
-/// A layer's neurons on the way to being chosen.
+/// How a layer's neurons are chosen.
+#[derive(Clone, Copy)]
 pub(super) struct Routing {
     layer: usize,
-    rank: u32,
-    /// The router's second matrix, its scales, and bytes of a row.
-    up: (Ptr, Ptr, u32),
-    /// Of its first product; none: that left its output itself.
-    sums: Option<Partial>,
+    pub(super) router: LayerRouters,
     /// Groups that choose: which, the first, and how many.
     groups: (Groups, u32, u32),
+    /// Decode attention takes the scores along.
+    pub(super) along: bool,
+}
+
+impl Routing {
+    /// Whether only the sequences that share their neurons choose any.
+    pub(super) fn shared_only(&self) -> bool {
+        self.groups.0 == Groups::Reference
+    }
 }
 
 impl<D: Device> Cuda<D> {
@@ -76,99 +88,98 @@ impl<D: Device> Cuda<D> {
         })
     }
 
-    /// The router's first product, of the normed hidden state, if the layer's neurons are chosen by it. Ahead of
-    /// the fork.
-    pub(super) fn route_neurons(
+    /// How the layer's neurons are to be chosen, if they are by its router.
+    pub(super) fn routing(
         &self,
         router: Option<&LayerRouters>,
         s: &mut CudaScratch<D>,
         step: &Step,
         layer: usize,
-    ) -> Result<Option<Routing>> {
+    ) -> Option<Routing> {
         let routed = step.plan.mlp_sparse(layer) && step.plan.needs_router(Site::Mlp);
-        let Some(l) = router.filter(|l| routed && l.rank > 0) else { return Ok(None) };
+        let l = router.filter(|l| routed && l.rank > 0)?;
         s.neurons_selected = Some(layer);
-        let Some(groups) = Self::choosing(s, step, layer) else { return Ok(None) };
-        let (rows, rank) = (s.tables.rows().decode, l.rank as u32);
-        let (b, size) = (s.buffers, (rows, rank, s.shape.hidden as u32));
-        let z = ActivateParams {
-            out: b.z,
-            rows,
-            n: rank,
-            valid: rank,
-            kind: NO_ACTIVATION,
-            ..Default::default()
-        };
-        let sums = if self.product_activated(s, (b.h, l.down, size.2), &z)? {
-            None
-        } else {
-            let most = if rows <= ROUTER_MADE_ROWS { ROUTER_MADE_SPLITS } else { u32::MAX };
-            let (launch, narrow) = s.kernels.product_in_parts(most, (b.h, l.down), size, b.router_sums);
-            self.go(s, &launch, &narrow)?;
-            Some(narrow.sums())
-        };
-        let up = (l.up, l.up_scales, l.up_stride() as u32);
-        Ok(Some(Routing { layer, rank, up, sums, groups }))
+        let groups = Self::choosing(s, step, layer)?;
+        let along = s.kernels.takes_scores(s.tables.rows().decode) && l.rank <= MOST_RANK as usize;
+        Some(Routing { layer, router: *l, groups, along })
     }
 
-    /// Forks: scores of the neurons, and their lists and masks.
-    pub(super) fn choose_neurons(
+    /// What makes the router's bytes of its first product's sums, which have so many rows a part.
+    pub(super) fn narrowing(
+        &self,
+        s: &CudaScratch<D>,
+        routing: &Routing,
+        (sums, rows): (Partial, u32),
+    ) -> NarrowParams {
+        let b = s.buffers;
+        NarrowParams {
+            sums,
+            out: b.z,
+            scales: b.z_scales,
+            rows,
+            sequences: s.tables.rows().decode,
+            columns: routing.router.rank as u32,
+            pieces: routing.router.up_pieces() as u32,
+        }
+    }
+
+    /// The router's second product of up to [`SKINNY_ROWS`] rows from `first` on.
+    pub(super) fn scoring(&self, s: &CudaScratch<D>, routing: &Routing, first: u32) -> RouterBytesParams {
+        let (b, l, (which, first_group, _)) = (s.buffers, &routing.router, routing.groups);
+        let (all, pieces) = (s.tables.rows().decode, l.up_pieces() as u32);
+        RouterBytesParams {
+            z: b.z.offset(64 * u64::from(first) * u64::from(pieces)),
+            z_scales: b.z_scales.offset(4 * u64::from(first)),
+            w: l.up,
+            scales: l.up_scales,
+            scores: b.neuron_scores,
+            group: s.tables.groups(which).offset(4 * u64::from(first)),
+            rows: SKINNY_ROWS.min(all - first),
+            n: s.shape.ffn as u32,
+            pieces,
+            first_group,
+            more: u32::from(first > 0),
+            ..Default::default()
+        }
+    }
+
+    /// The router's first product where QKV's does not do it. In line: it is small, and its blocks would wait for those.
+    pub(super) fn route_apart(&self, s: &CudaScratch<D>, routing: &Routing) -> Result<Partial> {
+        let (b, l) = (s.buffers, &routing.router);
+        let size = (s.tables.rows().decode, l.rank as u32, s.shape.hidden as u32);
+        let (launch, params) = s.kernels.product((b.h, l.down), size, b.router_sums);
+        self.go(s, &launch, &params)?;
+        Ok(params.sums())
+    }
+
+    /// Forks: bytes, scores, lists and masks, where decode attention does not take the scores along. `sums` are those of the
+    /// first product.
+    pub(super) fn choose_beside(
         &self,
         s: &CudaScratch<D>,
         step: &Step,
-        routing: Option<Routing>,
+        routing: &Routing,
+        sums: Partial,
     ) -> Result<()> {
-        let Some(Routing {
-            layer,
-            rank,
-            up: (up, scales, stride),
-            sums,
-            groups: (which, first_group, groups),
-        }) = routing
-        else {
-            return Ok(());
-        };
         self.fork(s)?;
-        let (rows, ffn, b) = (s.tables.rows().decode, s.shape.ffn as u32, s.buffers);
-        let whole = RouterParams {
-            z: b.z,
-            first: sums.unwrap_or_default(),
-            w: up,
-            scales,
-            scores: b.neuron_scores,
-            group: s.tables.groups(which),
-            rows,
-            n: ffn,
-            rank,
-            stride,
-            first_group,
-            more: 0,
-        };
-        let made = sums.and_then(|_| s.kernels.router_scores_made(rows, ffn, rank));
-        if let Some(launch) = made {
-            self.go_beside(&launch, &whole)?;
-        } else {
-            if let Some(input) = sums {
-                let (out, n, valid) = (b.z, rank, rank);
-                let z =
-                    ActivateParams { input, out, rows, n, valid, kind: NO_ACTIVATION, ..Default::default() };
-                self.go_beside(&s.kernels.activate(rows, rank), &z)?;
-            }
-            for first in (0..rows).step_by(SKINNY_ROWS as usize) {
-                let rows = SKINNY_ROWS.min(rows - first);
-                let params = RouterParams {
-                    z: b.z.offset(2 * u64::from(first) * u64::from(rank)),
-                    group: whole.group.offset(4 * u64::from(first)),
-                    rows,
-                    more: u32::from(first > 0),
-                    ..whole
-                };
-                self.go_beside(&s.kernels.router_scores_bytes(rows, ffn), &params)?;
-            }
+        let rows = s.tables.rows().decode;
+        self.go_beside(
+            &s.kernels.narrow_rows(rows, routing.router.up_pieces() as u32),
+            &self.narrowing(s, routing, (sums, rows)),
+        )?;
+        for first in (0..rows).step_by(SKINNY_ROWS as usize) {
+            let params = self.scoring(s, routing, first);
+            self.go_beside(&s.kernels.router_scores_bytes(params.rows, params.n), &params)?;
         }
+        self.select_neurons(s, step, routing)
+    }
+
+    /// Lists and masks from the scores.
+    pub(super) fn choice(&self, s: &CudaScratch<D>, step: &Step, routing: &Routing) -> NeuronParams {
+        let (b, ffn, (which, first_group, _)) = (s.buffers, s.shape.ffn as u32, routing.groups);
         let keep = |r| if let Rule::TopK(k) = r { k } else { NONE };
-        let rule = step.plan.mlp_rule(layer);
-        let params = NeuronParams {
+        let rule = step.plan.mlp_rule(routing.layer);
+        NeuronParams {
             scores: b.neuron_scores,
             group: s.tables.groups(which),
             last_group: s.tables.last_group(),
@@ -181,8 +192,13 @@ impl<D: Device> Cuda<D> {
             keep_other: keep(rule.invariant),
             first_group,
             ..Default::default()
-        };
-        self.go_beside(&s.kernels.select_neurons(groups, ffn), &params)
+        }
+    }
+
+    /// The same on the side.
+    pub(super) fn select_neurons(&self, s: &CudaScratch<D>, step: &Step, routing: &Routing) -> Result<()> {
+        let launch = s.kernels.select_neurons(routing.groups.2, s.shape.ffn as u32);
+        self.go_beside(&launch, &self.choice(s, step, routing))
     }
 
     /// The MLP when every row runs the same neurons: only their rows are read. False: they do not.

@@ -56,7 +56,7 @@ params! {
     /// See the header.
     NormParams {
         residual: Ptr, delta: Partial, delta_bias: Ptr, weight: Ptr, bias: Ptr, out: Ptr, row_map: Ptr,
-        rows: u32, hidden: u32, epsilon: f32,
+        rows: u32, hidden: u32, epsilon: f32, late: u32,
     }
     /// See the header.
     LinearParams {
@@ -73,16 +73,30 @@ params! {
         rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32, by_unit: u32,
     }
     /// See the header.
+    NarrowParams { sums: Partial, out: Ptr, scales: Ptr, rows: u32, sequences: u32, columns: u32, pieces: u32 }
+    /// See the header.
     QkvParams {
         qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
         q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32, select: SelectParams,
+        narrow: NarrowParams,
+    }
+    /// See the header.
+    RouterBytesParams {
+        z: Ptr, z_scales: Ptr, w: Ptr, scales: Ptr, scores: Ptr, group: Ptr,
+        rows: u32, n: u32, pieces: u32, first_group: u32, more: u32, reserved: u32, arrived: Ptr,
+    }
+    /// See the header.
+    NeuronParams {
+        logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
+        rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
     }
     /// See the header.
     DecodeParams {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, lse: Ptr, parts: Ptr, counters: Ptr,
         page_stride: u64, head_stride: u64, q_stride: u64,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, segment_cost: u32, early: u32, scale: f32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, segment_cost: u32, early: u32, scale: f32, reserved: u32,
+        router: RouterBytesParams, choice: NeuronParams,
     }
     /// See the header.
     PlanParams {
@@ -112,13 +126,8 @@ params! {
     }
     /// See the header.
     RouterParams {
-        z: Ptr, first: Partial, w: Ptr, scales: Ptr, scores: Ptr, group: Ptr,
-        rows: u32, n: u32, rank: u32, stride: u32, first_group: u32, more: u32,
-    }
-    /// See the header.
-    NeuronParams {
-        logits: Partial, scores: Ptr, group: Ptr, last_group: Ptr, index: Ptr, masks: Ptr, nan_count: Ptr,
-        rows: u32, n: u32, keep0: u32, keep_other: u32, first_group: u32,
+        z: Ptr, w: Ptr, scores: Ptr, group: Ptr,
+        rows: u32, n: u32, rank: u32, first_group: u32, more: u32, reserved: u32,
     }
     /// See the header.
     ArgmaxParams { logits: Ptr, token: Ptr, logprob: Ptr, parts: Ptr, counters: Ptr, vocab: u32 }
@@ -150,7 +159,7 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 26] {
+pub fn sizes() -> [usize; 28] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
@@ -158,8 +167,11 @@ pub fn sizes() -> [usize; 26] {
         s::<NormParams>(),
         s::<LinearParams>(),
         s::<DownParams>(),
+        s::<NarrowParams>(),
         s::<QkvParams>(),
+        s::<RouterBytesParams>(),
         s::<SelectParams>(),
+        s::<NeuronParams>(),
         s::<DecodeParams>(),
         s::<PlanParams>(),
         s::<ZeroParams>(),
@@ -169,7 +181,6 @@ pub fn sizes() -> [usize; 26] {
         s::<ActivateParams>(),
         s::<ActivatedParams>(),
         s::<RouterParams>(),
-        s::<NeuronParams>(),
         s::<ArgmaxParams>(),
         s::<SampleJob>(),
         s::<SampleState>(),

@@ -90,6 +90,20 @@ impl Kernels {
         (launch, LinearParams { splits, ..params })
     }
 
+    /// The same in so few blocks that they find room beside a product of the device's library, whose blocks do not fill
+    /// the device.
+    pub(super) fn product_beside(
+        &self,
+        of: (Ptr, Ptr),
+        size: (u32, u32, u32),
+        out: Ptr,
+    ) -> (Launch, LinearParams) {
+        let (launch, params) = self.product(of, size, out);
+        let blocks = launch.grid.0 * launch.grid.1;
+        let most = self.multiprocessors * params.splits / (4 * blocks).max(1);
+        self.product_in_parts(most.max(1), of, size, out)
+    }
+
     /// The product turned round, for a narrow `w` and many rows of `x`: sums `[w's rows][x's rows]`. For up to
     /// [`SKINNY_ROWS`](super::launch::SKINNY_ROWS) rows of `w`.
     pub(super) fn product_turned(

@@ -17,9 +17,9 @@ pub(super) struct LayerRouters {
     pub(super) attn: Pair,
     /// Rows of `attn`.
     pub(super) attn_rows: usize,
-    /// `[rank, hidden]`.
+    /// `[rank, hidden]`, behind `attn`'s rows.
     pub(super) down: Ptr,
-    /// `[neurons, rank]` in 8 bits as `cuda/router_bytes.cu` wants them, and a scale a row.
+    /// `[neurons, rank]` in 8 bits as `cuda/router_bytes.cuh` wants them, and a scale a row.
     pub(super) up: Ptr,
     pub(super) up_scales: Ptr,
     pub(super) rank: usize,
@@ -31,9 +31,9 @@ impl LayerRouters {
         self.attn_rows.next_multiple_of(4)
     }
 
-    /// Bytes of a row of `up`.
-    pub(super) fn up_stride(&self) -> usize {
-        self.rank.next_multiple_of(BLOCK)
+    /// Of `up`: pieces of [`PIECE_COLUMNS`].
+    pub(super) fn up_pieces(&self) -> usize {
+        self.rank.div_ceil(PIECE_COLUMNS)
     }
 }
 
@@ -53,14 +53,16 @@ pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result
         let attention = info.attention.as_ref();
         if let Some(unit) = attention.and_then(|a| a.layers.get(l).copied().flatten()) {
             r.attn_rows = if unit == AttnUnit::Head { shape.heads } else { shape.kv_heads };
-            r.attn = Pair { weight: p.take(r.attn_room() * shape.hidden, 2), bias: p.take(r.attn_rows, 2) };
+            r.attn.bias = p.take(r.attn_rows, 2);
         }
         if let Some(rank) = info.mlp.as_ref().and_then(|m| m.ranks.get(l).copied().flatten()) {
             r.rank = (rank as usize).next_multiple_of(8);
-            r.down = p.take(r.rank * shape.hidden, 2);
-            r.up = p.take(shape.neurons * r.up_stride(), 1);
+            r.up = p.take(shape.neurons.next_multiple_of(TILE) * r.up_pieces() * PIECE_COLUMNS, 1);
             r.up_scales = p.take(shape.neurons, 4);
         }
+        // One matrix, so that both products can be one.
+        r.attn.weight = p.take((r.attn_room() + r.rank) * shape.hidden, 2);
+        r.down = r.attn.weight.offset((2 * r.attn_room() * shape.hidden) as u64);
         layers.push(r);
     }
     Ok((layers, p.used() - at.0))
@@ -106,37 +108,39 @@ impl<D: Device> CudaRouters<D> {
     }
 }
 
-/// Columns within which those of a matrix of bytes are reordered.
-const BLOCK: usize = 64;
+/// Neurons of a tile of the matrix of bytes, and columns of its pieces.
+const TILE: usize = 16;
+const PIECE_COLUMNS: usize = 64;
 
-/// Where `cuda/router_bytes.cu` wants a column.
-fn place_of(column: usize) -> usize {
-    let (block, j, t, i) = (column / BLOCK, column / 32 % 2, column / 8 % 4, column % 8);
-    block * BLOCK + 16 * t + 8 * j + i
+/// Where `cuda/router_bytes.cuh` wants a number of a tile.
+fn place_of(row: usize, column: usize) -> usize {
+    let (piece, eight, four) = (column / PIECE_COLUMNS, column / 8 % 2, column / 4 % 2);
+    let (lane, high) = (row % 8 * 4 + column / 16 % 4, row / 8 % 2);
+    ((2 * piece + eight) * 32 + lane) * 16 + 8 * four + 4 * high + column % 4
 }
 
 /// The router's second matrix: 8 bits choose the neurons that the stored type chooses, but for near ties (see
 /// `mlp_routers_in_int8_choose_the_same_neurons`), and reading it is most of what the choice costs.
 fn in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRouters) -> Result<()> {
-    let stride = r.up_stride();
-    each_piece(file, layer, RouterTensor::MlpUp, |first, dtype, columns, raw| {
+    let tile = TILE * r.up_pieces() * PIECE_COLUMNS;
+    each_piece(file, layer, RouterTensor::MlpUp, TILE, |first, dtype, columns, raw| {
         let line = columns * dtype.size();
         let n = raw.len() / line;
         let mut values = try_vec(columns, 0.0f32, "loading buffer")?;
         let mut narrow = try_vec(columns, 0u8, "loading buffer")?;
-        let mut bytes = try_vec(n * stride, 0u8, "loading buffer")?;
+        let mut bytes = try_vec(n.div_ceil(TILE) * tile, 0u8, "loading buffer")?;
         let mut scales = try_vec(4 * n, 0u8, "loading buffer")?;
         for (row, stored) in raw.chunks_exact(line).enumerate() {
             widen(dtype, stored, &mut values);
             let scale = scale_i8(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
             narrow_i8(&values, scale, &mut narrow);
-            let out = &mut bytes[row * stride..][..stride];
+            let out = &mut bytes[row / TILE * tile..][..tile];
             for (c, v) in narrow.iter().enumerate() {
-                out[place_of(c)] = v ^ 0x80; // 128 more
+                out[place_of(row, c)] = *v;
             }
             scales[4 * row..][..4].copy_from_slice(&scale.to_le_bytes());
         }
-        device.copy_in(r.up.offset((first * stride) as u64), &bytes)?;
+        device.copy_in(r.up.offset((first / TILE * tile) as u64), &bytes)?;
         device.copy_in(r.up_scales.offset(4 * first as u64), &scales)
     })
 }
@@ -150,18 +154,19 @@ fn router_tensor<D: Device>(
     which: RouterTensor,
     at: Ptr,
 ) -> Result<()> {
-    each_piece(file, layer, which, |first, dtype, columns, raw| {
+    each_piece(file, layer, which, 1, |first, dtype, columns, raw| {
         let mut ready = try_vec(2 * (raw.len() / dtype.size()), 0u8, "loading buffer")?;
         narrow(dtype, raw, to, &mut ready);
         device.copy_in(at.offset((2 * first * columns) as u64), &ready)
     })
 }
 
-/// Reads a tensor some rows at a time: `f` gets the first row, the stored type, the columns and the bytes.
+/// Reads a tensor some rows at a time, a multiple of `whole` until the last ones: `f` gets the first row, the stored type, the columns and the bytes.
 fn each_piece(
     file: &RouterFile,
     layer: usize,
     which: RouterTensor,
+    whole: usize,
     mut f: impl FnMut(usize, DType, usize, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let info = file
@@ -170,7 +175,7 @@ fn each_piece(
     let dims = info.shape.dims();
     let (rows, columns) = (dims[0], dims.get(1).copied().unwrap_or(1));
     let line = columns * info.dtype.size();
-    let step = (PIECE / (4 * columns).max(1)).max(1);
+    let step = (PIECE / (4 * columns).max(1)).max(1).next_multiple_of(whole);
     for first in (0..rows).step_by(step) {
         let mut raw = try_vec(step.min(rows - first) * line, 0u8, "loading buffer")?;
         file.read(layer, which, (first * line) as u64, &mut raw)?;

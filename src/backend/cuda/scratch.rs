@@ -4,6 +4,7 @@ use super::buckets::buckets;
 use super::device::Device;
 use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
+use super::neurons::Routing;
 use super::params::{Partial, Ptr};
 use super::routers::{CudaRouters, LayerRouters};
 use super::sampling::{self, Sampling};
@@ -27,8 +28,11 @@ pub(super) struct Buffers {
     pub(super) attention: Ptr,
     /// MLP activations `[rows][neurons]`.
     pub(super) y: Ptr,
-    /// Router's narrow activations `[batch][rank]`.
+    /// The MLP router's narrow activations as bytes, and a scale a row: see `NarrowParams`.
     pub(super) z: Ptr,
+    pub(super) z_scales: Ptr,
+    /// A counter, see `RouterBytesParams`.
+    pub(super) arrived: Ptr,
     /// Sums of a product, until the next kernel reads them.
     pub(super) sums: Ptr,
     /// Sums that the next norm adds to the residual stream.
@@ -37,7 +41,7 @@ pub(super) struct Buffers {
     pub(super) scores: Ptr,
     /// Sums of the MLP router's products, which run beside the others.
     pub(super) router_sums: Ptr,
-    /// Sums of the attention router's own product.
+    /// Sums of the routers' own product.
     pub(super) unit_sums: Ptr,
     /// Normed rows that want logits, and the logits.
     pub(super) last: Ptr,
@@ -93,6 +97,10 @@ pub struct CudaScratch<D: Device> {
     pub(super) neurons_selected: Option<usize>,
     /// Layer whose heads were selected together with its projection.
     pub(super) heads_selected: Option<usize>,
+    /// How the layer's neurons are chosen, until its attention takes the scores along.
+    pub(super) scored: Option<Routing>,
+    /// Attention chose the layer's neurons, so the list is complete only when what comes after it has waited.
+    pub(super) list_is_late: bool,
     pub(super) sampling: Sampling<D>,
 }
 
@@ -114,6 +122,9 @@ impl<D: Device> CudaScratch<D> {
         let r = r.map_or(&[][..], |r| &r.layers);
         if r.iter().any(|l| l.rank > 0) && !k.neurons_fit(s.ffn as u32) {
             return Err(Error::unsupported(format!("MLP routers of {} neurons on this device", s.ffn)));
+        }
+        if let Some(l) = r.iter().find(|l| !k.rank_fits(l.rank)) {
+            return Err(Error::unsupported(format!("MLP routers of rank {} on this device", l.rank)));
         }
         let mut tables = Tables::new(device, limits, s.layers, k.tile_tokens(TileSize::Small))?;
         let lay = |at: Ptr| {
@@ -143,6 +154,8 @@ impl<D: Device> CudaScratch<D> {
             kv_bytes: (0, 0),
             neurons_selected: None,
             heads_selected: None,
+            scored: None,
+            list_is_late: false,
             sampling: Sampling::new(device, k, limits.max_batch, s.vocab)?,
         })
     }
@@ -203,20 +216,29 @@ fn places(
         down = down.max(MAX_DOWN_SPLITS as usize * rows.min(SKINNY_ROWS as usize) * d);
         down = down.max(sums(rows, batch, |r| k.linear_transposed(r, d as u32, s.neurons as u32).1, d));
     }
-    let (mut rank, mut router_sums, mut unit_sums, mut qkv) = (0, 0, 0, forward(s.qkv(), d));
+    let (mut z, mut router_sums, mut unit_sums, mut qkv) = (0, 0, 0, forward(s.qkv(), d));
+    // Steps in which products of routers are joined with others.
+    let few = |n: usize| {
+        let few = |most: usize| most.min(SKINNY_ROWS as usize);
+        sums(few(rows), few(batch), |r| k.linear(r, n as u32, d as u32).1, n)
+    };
     for l in r {
         if l.attn_rows > 0 {
-            qkv = qkv.max(forward(s.qkv() + l.attn_room(), d));
             unit_sums = unit_sums.max(forward(l.attn_rows, d));
             let turned = |n: u32| k.linear((l.attn_rows as u32).min(SKINNY_ROWS), n, d as u32).1;
             unit_sums = unit_sums.max(sums(rows, batch, turned, l.attn_rows));
         }
         if l.rank > 0 {
-            rank = rank.max(l.rank);
+            z = z.max(l.up_pieces() * 64);
             router_sums = router_sums.max(forward(l.rank, d));
         }
+        // With either router, or both.
+        for n in [l.attn_room(), l.rank, l.attn_room() + l.rank] {
+            qkv = qkv.max(few(s.qkv() + n));
+            unit_sums = unit_sums.max(few(n));
+        }
     }
-    let has_mlp = rank > 0;
+    let has_mlp = z > 0;
     let words = s.neurons.div_ceil(32);
     let rotation = match position {
         Position::Rope { .. } => limits.max_context.div_ceil(PAGE_TOKENS) * PAGE_TOKENS * s.hd,
@@ -229,7 +251,9 @@ fn places(
         q: p.take(rows * s.q(), 2),
         attention: p.take(rows * s.q(), 2),
         y: p.take(rows * s.neurons, 2),
-        z: p.take(rows * rank, 2),
+        z: p.take(batch.next_multiple_of(8) * z, 1),
+        z_scales: p.take(if has_mlp { batch } else { 0 }, 4),
+        arrived: p.take(1, 4),
         sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(batch * s.kv_heads, 4),

@@ -3,7 +3,6 @@
 
 use super::device::{Device, start};
 use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
-use super::neurons::Routing;
 use super::params::*;
 use super::routers::{CudaRouters, LayerRouters};
 use super::scratch::{CudaScratch, Mode, Pending};
@@ -22,6 +21,14 @@ struct UnitLogits {
     rows: u32,
     /// A row has one unit's logits of all sequences, not one sequence's of all units.
     by_unit: bool,
+}
+
+/// What comes of a layer's projection.
+struct Projected {
+    qkv: Partial,
+    logits: Option<UnitLogits>,
+    /// Sums of the MLP router's first product, and rows of one of their parts.
+    z: Option<(Partial, u32)>,
 }
 
 impl<D: Device> Cuda<D> {
@@ -96,13 +103,15 @@ impl<D: Device> Cuda<D> {
         Ok(true)
     }
 
-    /// Adds the pending sums to the residual stream and norms it.
+    /// Adds the pending sums to the residual stream and norms it; `late`: what attention left is used by kernels that
+    /// read it before they wait for this one.
     pub(super) fn norm(
         &self,
         w: &CudaWeights<D>,
         s: &mut CudaScratch<D>,
         weights: Pair,
         (out, map, rows): (Ptr, Ptr, u32),
+        late: bool,
     ) -> Result<()> {
         let pending = std::mem::take(&mut s.pending);
         let params = NormParams {
@@ -116,6 +125,7 @@ impl<D: Device> Cuda<D> {
             rows: s.tables.rows().all,
             hidden: s.shape.hidden as u32,
             epsilon: w.spec.norm_eps,
+            late: late.into(),
         };
         self.go(s, &s.kernels.norm(rows, s.shape.hidden as u32), &params)
     }
@@ -145,14 +155,27 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let (l, rows) = (&w.layers[layer], s.tables.rows().all);
         let b = s.buffers;
-        self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows))?;
+        self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows), false)?;
         let of_layer = r.and_then(|r| r.layers.get(layer));
         let router = of_layer.filter(|l| {
             let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
             l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
         });
-        let routing = self.route_neurons(of_layer, s, step, layer)?;
-        let (qkv, logits) = self.project_qkv(s, step, l.qkv.weight, router, routing)?;
+        let routing = self.routing(of_layer, s, step, layer);
+        let (along, apart) = (routing.filter(|r| r.along), routing.filter(|r| !r.along));
+        s.scored = along;
+        let sums = apart.map(|r| self.route_apart(s, &r)).transpose()?;
+        // Where the attention router's product is on the side too, it goes first.
+        let first = router.is_none() || s.kernels.carries_router(rows, s.shape.qkv() as u32);
+        let choose = |now: bool| match apart.zip(sums) {
+            Some((routing, sums)) if now => self.choose_beside(s, step, &routing, sums),
+            _ => Ok(()),
+        };
+        choose(first)?;
+        let Projected { qkv, logits, z } =
+            self.project_qkv(s, l.qkv.weight, router, along.map(|r| r.router).as_ref())?;
+        choose(!first)?;
+        let narrow = s.scored.zip(z).map(|(routing, z)| self.narrowing(s, &routing, z));
         let select = match router.zip(logits) {
             Some((router, logits)) => {
                 s.heads_selected = Some(layer);
@@ -178,58 +201,74 @@ impl<D: Device> Cuda<D> {
             norm_dim: shape.head_dim as u32,
             epsilon: w.spec.norm_eps,
             select,
+            narrow: narrow.unwrap_or_default(),
         };
         let heads = (shape.heads + 2 * shape.kv_heads) as u32;
-        self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit), &params)
+        self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit, narrow.is_some()), &params)
     }
 
-    /// Sums of q, k and v, and the logits of the attention router if there is one; side work starts.
-    /// Where the product is our own, the router's few rows go with it and hardly show. Where it may be the device's
+    /// Sums of q, k and v, of the attention router `router`, and of the MLP router `along`.
+    /// Where the product is our own, the routers' rows go with it and hardly show. Where it may be the device's
     /// library's, theirs is a product of its own, on the side: the kernel that follows starts in order there, join
     /// or not. With many sequences it is turned round.
     fn project_qkv(
         &self,
         s: &CudaScratch<D>,
-        step: &Step,
         w: Ptr,
         router: Option<&LayerRouters>,
-        neurons: Option<Routing>,
-    ) -> Result<(Partial, Option<UnitLogits>)> {
+        along: Option<&LayerRouters>,
+    ) -> Result<Projected> {
         let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
         let (rows, sequences) = (s.tables.rows().all, s.tables.rows().decode);
         let whole = (rows, first, k);
-        let Some(router) = router else {
-            self.choose_neurons(s, step, neurons)?;
-            return Ok((self.product(s, (b.h, w), whole, b.sums)?, None));
+        // Rows of the routers' one matrix, and those of the attention router among them.
+        let units = router.map_or(0, |r| r.attn_room() as u32);
+        let more = units + along.map_or(0, |r| r.rank as u32);
+        let Some(matrix) = router.map(|r| r.attn.weight).or(along.map(|r| r.down)) else {
+            return Ok(Projected { qkv: self.product(s, (b.h, w), whole, b.sums)?, logits: None, z: None });
+        };
+        let split = |qkv: Partial, sums: Partial, rows: u32| {
+            let behind = |columns: u32| Partial { data: sums.data.offset(4 * u64::from(columns)), ..sums };
+            let logits = router.map(|_| UnitLogits { sums, rows, by_unit: false });
+            Projected { qkv, logits, z: along.map(|_| (behind(units), rows)) }
         };
         if s.kernels.carries_router(rows, first) {
-            self.choose_neurons(s, step, neurons)?;
-            let n = first + router.attn_room() as u32;
-            let (launch, both) = s.kernels.product((b.h, w), (rows, n, k), b.sums);
-            self.go(s, &launch, &LinearParams { more: router.attn.weight, first, ..both })?;
+            let (launch, both) = s.kernels.product((b.h, w), (rows, first + more, k), b.sums);
+            self.go(s, &launch, &LinearParams { more: matrix, first, ..both })?;
             let qkv = both.sums();
-            let sums = Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv };
-            return Ok((qkv, Some(UnitLogits { sums, rows, by_unit: false })));
+            return Ok(split(qkv, Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows));
         }
-        let (of, n) = ((b.h, router.attn.weight), router.attn_rows as u32);
-        let size = (sequences, n, k);
-        if sequences > SKINNY_ROWS && n > SKINNY_ROWS {
-            let sums = self.product(s, of, size, b.unit_sums)?;
-            self.choose_neurons(s, step, neurons)?;
-            let qkv = self.product(s, (b.h, w), whole, b.sums)?;
-            return Ok((qkv, Some(UnitLogits { sums, rows: sequences, by_unit: false })));
+        let of = (b.h, matrix);
+        if sequences > SKINNY_ROWS {
+            let n = router.map_or(0, |r| r.attn_rows as u32);
+            let size = (sequences, n, k);
+            if n > SKINNY_ROWS {
+                let sums = self.product(s, of, size, b.unit_sums)?;
+                return Ok(split(self.product(s, (b.h, w), whole, b.sums)?, sums, sequences));
+            }
+            let (launch, logits) = s.kernels.product_turned(of, size, b.unit_sums);
+            let qkv = self.beside_qkv(s, (&launch, &logits), (b.h, w), whole)?;
+            let logits = Some(UnitLogits { sums: logits.sums(), rows: n, by_unit: true });
+            return Ok(Projected { qkv, logits, z: None });
         }
-        let by_unit = sequences > SKINNY_ROWS;
-        let ((launch, logits), rows) = match by_unit {
-            true => (s.kernels.product_turned(of, size, b.unit_sums), n),
-            false => (s.kernels.product(of, size, b.unit_sums), sequences),
-        };
+        let (launch, sums) = s.kernels.product_beside(of, (sequences, more, k), b.unit_sums);
+        let qkv = self.beside_qkv(s, (&launch, &sums), (b.h, w), whole)?;
+        Ok(split(qkv, sums.sums(), sequences))
+    }
+
+    /// The product of q, k and v with a small one beside it.
+    fn beside_qkv(
+        &self,
+        s: &CudaScratch<D>,
+        (launch, small): (&Launch, &LinearParams),
+        of: (Ptr, Ptr),
+        size: (u32, u32, u32),
+    ) -> Result<Partial> {
         self.fork(s)?;
-        self.go_beside(&launch, &logits)?;
-        let qkv = self.product(s, (b.h, w), whole, b.sums)?;
+        self.go_beside(launch, small)?;
+        let qkv = self.product(s, of, size, s.buffers.sums)?;
         self.device.join()?;
-        self.choose_neurons(s, step, neurons)?;
-        Ok((qkv, Some(UnitLogits { sums: logits.sums(), rows, by_unit })))
+        Ok(qkv)
     }
 
     /// What to select the heads of a layer by.
@@ -307,6 +346,7 @@ impl<D: Device> Cuda<D> {
         w: &CudaWeights<D>,
         kv: &CudaKv<D>,
         s: &mut CudaScratch<D>,
+        step: &Step,
         layer: usize,
         live: Live,
     ) -> Result<()> {
@@ -318,7 +358,8 @@ impl<D: Device> Cuda<D> {
             let selected = live == Live::Selected;
             let plan = if selected { s.tables.layer_plan[layer] } else { 0 };
             let (keep, prefix) = s.tables.plan(plan);
-            let params = DecodeParams {
+            let scored = s.scored.take();
+            let mut params = DecodeParams {
                 q: b.q,
                 kv: kv.layer(layer),
                 pages: s.tables.pages(),
@@ -342,9 +383,29 @@ impl<D: Device> Cuda<D> {
                 segment_cost: SEGMENT_COST,
                 early: 1,
                 scale,
+                ..Default::default()
             };
-            let beside = s.neurons_selected == Some(layer);
-            self.go(s, &s.kernels.decode(sequences, s.tables.large[usize::from(plan)], beside), &params)?;
+            let large = s.tables.large[usize::from(plan)];
+            if let Some(routing) = scored {
+                let chooses = routing.shared_only() && s.kernels.chooses(s.shape.ffn as u32, large);
+                let launch = s.kernels.decode_scored(sequences, large, chooses.then_some(s.shape.ffn as u32));
+                let launch =
+                    launch.ok_or_else(|| Error::invalid("decode attention takes no scores along"))?;
+                params.router = self.scoring(s, &routing, 0);
+                if chooses {
+                    params.router.arrived = b.arrived;
+                    params.choice = self.choice(s, step, &routing);
+                }
+                self.go(s, &launch, &params)?;
+                s.list_is_late = chooses;
+                if !chooses {
+                    self.fork(s)?;
+                    self.select_neurons(s, step, &routing)?;
+                }
+            } else {
+                let beside = s.neurons_selected == Some(layer);
+                self.go(s, &s.kernels.decode(sequences, large, beside), &params)?;
+            }
         }
         if s.tables.n_tiles > 0 {
             let params = PrefillParams {
@@ -376,7 +437,8 @@ impl<D: Device> Cuda<D> {
     ) -> Result<()> {
         let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
         self.device.join()?;
-        self.norm(w, s, l.mlp_norm, (b.h, Ptr::NULL, rows))?;
+        let late = std::mem::take(&mut s.list_is_late);
+        self.norm(w, s, l.mlp_norm, (b.h, Ptr::NULL, rows), late)?;
         if live == Live::Selected && self.selected_mlp(w, s, step, layer)? {
             return Ok(());
         }
@@ -419,7 +481,7 @@ impl<D: Device> Cuda<D> {
     pub(super) fn run_logits(&self, w: &CudaWeights<D>, s: &mut CudaScratch<D>) -> Result<()> {
         let (n, b) = (s.tables.rows().logits, s.buffers);
         if n > 0 {
-            self.norm(w, s, w.shared.final_norm, (b.last, s.tables.logit_rows(), n))?;
+            self.norm(w, s, w.shared.final_norm, (b.last, s.tables.logit_rows(), n), false)?;
             let (vocab, d) = (s.shape.vocab as u32, s.shape.hidden as u32);
             self.multiply(
                 s,

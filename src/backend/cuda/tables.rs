@@ -324,7 +324,7 @@ fn fill_plans(
 ) -> usize {
     let n = step.n_decode();
     let first = w.next;
-    let alone = !(0..of_layer.len()).any(|l| step.plan.mlp_sparse(l));
+    let alone = kernels.takes_scores(t.rows.decode) || !(0..of_layer.len()).any(|l| step.plan.mlp_sparse(l));
     large[0] = put_plan(w, t, n, kernels, alone, |_| kv_heads);
     let mut plans = 1;
     for (layer, plan) in of_layer.iter_mut().enumerate() {

@@ -226,6 +226,7 @@ impl Ops {
             // The host's pages may be written by what it queued just before.
             early: 0,
             scale: scale * std::f32::consts::LOG2_E,
+            ..Default::default()
         };
         queue.go(&k.decode(op.sequences, false, false), &params)
     }
