@@ -30,6 +30,9 @@ struct Warp {
     int arrived = 0;
     uint64_t generation = 0;
     uint32_t words[32][12];
+    // Of products of bytes, in turn: who writes one has met all that read it two products ago.
+    uint32_t operands[2][32][6];
+    bool turn[32] = {};
 };
 
 struct Thread {

@@ -154,18 +154,18 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
 DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     host::Warp& w = host::warp();
     const int lane = lane_index(), g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; i++) w.words[lane][i] = a[i];
-    for (int i = 0; i < 2; i++) w.words[lane][4 + i] = b[i];
+    auto& words = w.operands[w.turn[lane] ^= true];
+    for (int i = 0; i < 4; i++) words[lane][i] = a[i];
+    for (int i = 0; i < 2; i++) words[lane][4 + i] = b[i];
     meet_warp();
     for (int i = 0; i < 4; i++) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
-        for (int k = 0; k < 32; k++) {
-            const uint32_t x = w.words[(row % 8) * 4 + (k % 16) / 4][row / 8 + 2 * (k / 16)];
-            const uint32_t y = w.words[column * 4 + (k % 16) / 4][4 + k / 16];
-            c[i] += (int)(int8_t)(x >> (8 * (k % 4))) * (int)(int8_t)(y >> (8 * (k % 4)));
+        for (int k = 0; k < 32; k += 4) {
+            const uint32_t x = words[(row % 8) * 4 + (k % 16) / 4][row / 8 + 2 * (k / 16)];
+            const uint32_t y = words[column * 4 + (k % 16) / 4][4 + k / 16];
+            for (int j = 0; j < 32; j += 8) c[i] += (int)(int8_t)(x >> j) * (int)(int8_t)(y >> j);
         }
     }
-    meet_warp();
 }
 
 // Element (row, column) of matrix i as two bytes, from the 16 bytes each lane points at.
