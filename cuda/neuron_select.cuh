@@ -77,7 +77,7 @@ struct Keeper {
 DEVICE uint32_t select_words(uint32_t n) { return 2 * 32 + TOP_BINS + 2 * BINS + (n + 31) / 32 * 32; }
 
 // Group 0's list and mask by one block of few threads, which has nothing else to do: as `select` in neurons.cu, with the
-// scores in shared memory, where they become keys. A rehearsal does the same with fewer neurons, all of score 0, and
+// scores in shared memory, where they become keys. A rehearsal does the same with fewer neurons and numbers for keys, and
 // touches only shared memory.
 template <int WARPS> DEVICE void select_by_block(const NeuronParams& p, unsigned char* shared, bool rehearsal) {
     uint32_t* sums = (uint32_t*)shared;    // [32]

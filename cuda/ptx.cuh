@@ -66,12 +66,7 @@ DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(__cvta_generic_to_global(p)) : "memory");
 }
-// Constants, asked for where the call stands; 16 bytes past the multiprocessor's own cache.
-DEVICE float load_constant(const float* p) {
-    float v;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
-    return v;
-}
+// Constants that are read once: 16 bytes, asked for where the call stands, past the multiprocessor's own cache.
 DEVICE void load_constant(const void* p, uint32_t (&v)[4]) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(__cvta_generic_to_global(p)) : "memory");

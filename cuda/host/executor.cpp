@@ -166,7 +166,7 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
     std::vector<unsigned char> memory(g.shared_bytes + 2048);
     shared = (unsigned char*)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023);
     // Blocks that waited for others run again from their start; those that still wait then would for ever.
-    size_t again = 0;
+    const size_t all = blocks.size();
     for (size_t next = 0; next < blocks.size(); next++) {
         const int block = blocks[next];
         postponed = false;
@@ -208,7 +208,7 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
             if (progress == before && !slept && std::count(asleep.begin(), asleep.end(), 0) == (long)asleep.size()) return 2;
         }
         if (postponed) {
-            if (again++ > blocks.size()) return 2;
+            if (blocks.size() == 2 * all) return 2;
             blocks.push_back(block);
             continue;
         }

@@ -38,7 +38,6 @@ DEVICE void wait_for_previous() { host::wait_for_previous(); }
 DEVICE void begin_kernel() { wait_for_previous(); }
 DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
 DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
-DEVICE float load_constant(const float* p) { return *p; }
 DEVICE void load_constant(const void* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }

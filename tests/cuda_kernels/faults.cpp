@@ -16,6 +16,7 @@ enum Fault : uint32_t {
     COUNTER_READ,         // while others add to it
     EARLY_STORE,          // before the kernels before are waited for
     EARLY_LOAD,           // of what they write
+    ONE_TOO_MANY,         // blocks that are waited for
 };
 
 struct FaultParams {
@@ -37,6 +38,8 @@ static void faulty(const FaultParams& p) {
     uint32_t total = p.fault == EARLY_LOAD ? in[i] : 0;
     if (p.fault == EARLY_STORE && i == 0) p.out[block_x()] = 0;
     begin_kernel();
+    // The last block, which has written nothing, waits for the others.
+    if (p.fault == ONE_TOO_MANY && block_x() == grid_x() - 1 && i == 0) wait_for_count(counter, blocks);
 
     values[i] = in[i];
     if (i == 0) count[0] = 0;

@@ -85,6 +85,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("a counter is read", "atomic by"),
     ("an early store", "before it has waited"),
     ("an early load", "before it has waited"),
+    ("a block too many is waited for", "wait for ever"),
 ];
 
 #[test]

@@ -19,7 +19,7 @@ use super::Cuda;
 use super::device::{Device, start_beside};
 use super::launch::{Launch, MOST_RANK, SKINNY_ROWS};
 use super::params::*;
-use super::routers::LayerRouters;
+use super::routers::{LayerRouters, PIECE_COLUMNS};
 use super::scratch::{CudaScratch, Pending};
 use super::tables::Groups;
 use super::weights::CudaWeights;
@@ -128,7 +128,7 @@ impl<D: Device> Cuda<D> {
         let (b, l, (which, first_group, _)) = (s.buffers, &routing.router, routing.groups);
         let (all, pieces) = (s.tables.rows().decode, l.up_pieces() as u32);
         RouterBytesParams {
-            z: b.z.offset(64 * u64::from(first) * u64::from(pieces)),
+            z: b.z.offset(u64::from(first) * u64::from(pieces) * PIECE_COLUMNS as u64),
             z_scales: b.z_scales.offset(4 * u64::from(first)),
             w: l.up,
             scales: l.up_scales,

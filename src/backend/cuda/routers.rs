@@ -110,7 +110,7 @@ impl<D: Device> CudaRouters<D> {
 
 /// Neurons of a tile of the matrix of bytes, and columns of its pieces.
 const TILE: usize = 16;
-const PIECE_COLUMNS: usize = 64;
+pub(super) const PIECE_COLUMNS: usize = 64;
 
 /// Where `cuda/router_bytes.cuh` wants a number of a tile.
 fn place_of(row: usize, column: usize) -> usize {

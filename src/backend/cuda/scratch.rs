@@ -6,7 +6,7 @@ use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::neurons::Routing;
 use super::params::{Partial, Ptr};
-use super::routers::{CudaRouters, LayerRouters};
+use super::routers::{CudaRouters, LayerRouters, PIECE_COLUMNS};
 use super::sampling::{self, Sampling};
 use super::shape::Shape;
 use super::tables::{self, Tables};
@@ -229,7 +229,7 @@ fn places(
             unit_sums = unit_sums.max(sums(rows, batch, turned, l.attn_rows));
         }
         if l.rank > 0 {
-            z = z.max(l.up_pieces() * 64);
+            z = z.max(l.up_pieces() * PIECE_COLUMNS);
             router_sums = router_sums.max(forward(l.rank, d));
         }
         // With either router, or both.
