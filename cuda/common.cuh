@@ -19,18 +19,6 @@ DEVICE float warp_max(float v) {
     return v;
 }
 
-// Sum over a block of whole warps (at most 32), the same bits in every thread. `scratch`: 32 floats
-// of shared memory, free for others after the next sync_block().
-DEVICE float block_sum(float v, float* scratch) {
-    v = warp_sum(v);
-    if (lane_index() == 0) scratch[warp_index()] = v;
-    sync_block();
-    float sum = 0;
-    for (int w = 0; w < block_threads() / 32; w++) sum += scratch[w];
-    sync_block();
-    return sum;
-}
-
 // Element (row, column) of a sum of partial matrices with `rows` rows each.
 DEVICE float partial_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t column) {
     const float* at = p.data + (uint64_t)row * p.columns + column;
@@ -45,11 +33,10 @@ DEVICE float partial_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t 
 template <int W> struct alignas(4 * W) Floats { float v[W]; };
 using Floats2 = Floats<2>;
 using Floats4 = Floats<4>;
-template <int W, int N>
+template <int W, int N, int DEPTH = (W * N >= 8 ? 4 : 8)>
 DEVICE void partial_sums(Floats<W> (&sum)[N], const Partial& p, uint32_t rows, uint32_t row, const uint32_t (&columns)[N]) {
     const float* at = p.data + (uint64_t)row * p.columns;
     const uint64_t stride = (uint64_t)rows * p.columns;
-    constexpr int DEPTH = W * N >= 8 ? 4 : 8;
     UNROLL for (int n = 0; n < N; n++) sum[n] = {};
     for (uint32_t s = 0; s < p.splits; s += DEPTH, at += DEPTH * stride) {
         Floats<W> part[DEPTH][N];
@@ -75,6 +62,10 @@ template <class T> DEVICE Floats4 load4(const void* from, uint32_t i) {
         UNROLL for (int j = 0; j < 4; j++) out.v[j] = to_float(x.v[j]);
     }
     return out;
+}
+template <class T> DEVICE Floats4 floats4(Words2 x) {
+    return {{to_float(T{(uint16_t)x.w[0]}), to_float(T{(uint16_t)(x.w[0] >> 16)}), to_float(T{(uint16_t)x.w[1]}),
+             to_float(T{(uint16_t)(x.w[1] >> 16)})}};
 }
 template <class T> DEVICE Floats2 load2(const void* from, uint32_t i) {
     const uint32_t x = *(const uint32_t*)((const T*)from + i);

@@ -21,7 +21,7 @@ constexpr int X_STRIDE = CHUNK * 2 + 64;  // bytes; the 64 keep eight lanes on d
 // a list that was complete before the kernel ahead of this one began.
 template <class T, int MT, int NT, bool LISTED> DEVICE uint32_t sums(const LinearParams& p, float (&c)[MT][NT][4]) {
     constexpr int DEPTH = MT > 1 ? 3 : LISTED ? 5 : 4, BUFFERS = MT > 1 ? 2 : 3;  // at least two blocks a multiprocessor
-    let_next_start();
+    if (!(p.late & LATE_SUCCESSOR)) let_next_start();
     SHARED_BYTES(shared);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     unsigned char* mine = shared + warp * DEPTH * MT * TILE;
@@ -68,11 +68,12 @@ template <class T, int MT, int NT, bool LISTED> DEVICE uint32_t sums(const Linea
         UNROLL for (int n = 0; n < NT; n++) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
     }
     // Weights are constants: their loads start before the kernel that makes x has ended.
-    if (p.late) wait_for_previous();
+    if (p.late & LATE_WEIGHTS) wait_for_previous();
     find_rows();
     for (uint32_t s = 0; s < DEPTH - 1; s++)
         if (s < steps) issue_w(s);
     wait_for_previous();
+    if (p.late & LATE_SUCCESSOR) let_next_start();
     for (uint32_t s = 0; s < DEPTH - 1; s++) {
         if (s < steps && s % STEPS_PER_CHUNK == 0) issue_x(s);
         copy_commit();

@@ -22,7 +22,7 @@ constexpr int EACH = 2 * TILE / 16 / THREADS;  // pieces of 16 bytes of w, a thr
 // K_LINES: w[k][j].
 template <class T, int K_LINES, int NT, int DEPTH> DEVICE void run(const LinearParams& p) {
     constexpr uint32_t W_BYTES = 2 * TILE, STAGE = W_BYTES + NT * 8 * LINE;
-    let_next_start();
+    if (!(p.late & LATE_SUCCESSOR)) let_next_start();
     SHARED_BYTES(shared);
     const uint32_t thread = thread_index(), lane = lane_index(), g = lane / 4, t = lane % 4, group = thread / 128;
     const uint32_t all = (p.k + STEP - 1) / STEP;
@@ -73,7 +73,7 @@ template <class T, int K_LINES, int NT, int DEPTH> DEVICE void run(const LinearP
 
     float c[NT][4];
     UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
-    if (p.late) wait_for_previous();
+    if (p.late & LATE_WEIGHTS) wait_for_previous();
     if (!K_LINES) find_rows();
     if (listed) {
         for (uint32_t i = thread; i < steps * STEP; i += THREADS)
@@ -83,6 +83,7 @@ template <class T, int K_LINES, int NT, int DEPTH> DEVICE void run(const LinearP
     for (uint32_t s = 0; s < DEPTH - 1; s++)
         if (s < steps) issue_w(s, shared + s * STAGE);
     wait_for_previous();
+    if (p.late & LATE_SUCCESSOR) let_next_start();
     for (uint32_t s = 0; s < DEPTH - 1; s++) {
         if (s < steps) issue_x(s, shared + s * STAGE);
         copy_commit();

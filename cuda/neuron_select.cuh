@@ -76,50 +76,83 @@ struct Keeper {
 // Words of shared memory that `select_by_block` takes for n neurons.
 DEVICE uint32_t select_words(uint32_t n) { return 2 * 32 + TOP_BINS + 2 * BINS + (n + 31) / 32 * 32; }
 
+// Bins for `select_by_block`: numbers from 2^-16 to 2^16 by their exponent and seven bits of their fraction, larger ones in
+// the last, smaller ones and zeros in bin 0. So fine that few threads meet in one, and few keys are left to divide.
+constexpr uint32_t FIRST_KEY = (127 - 16) << 24, BIN_KEYS = 1 << 17;
+DEVICE uint32_t fine_bin(uint32_t key) {
+    const uint32_t bin = (key - FIRST_KEY) / BIN_KEYS;
+    return key < FIRST_KEY ? 0 : bin < TOP_BINS - 2 ? bin + 1 : TOP_BINS - 1;
+}
+
 // Group 0's list and mask by one block of few threads, which has nothing else to do: as `select` in neurons.cu, with the
-// scores in shared memory, where they become keys. A rehearsal does the same with fewer neurons and numbers for keys, and
-// touches only shared memory.
+// scores in shared memory, where they become keys. A thread takes BATCH of them at a time, all loaded before the first is
+// used. A rehearsal does the same with fewer neurons and scores of its own, and touches only shared memory.
 template <int WARPS> DEVICE void select_by_block(const NeuronParams& p, unsigned char* shared, bool rehearsal) {
+    constexpr uint32_t BATCH = 8, THREADS = 32 * WARPS;
     uint32_t* sums = (uint32_t*)shared;    // [32]
     uint32_t* kept = sums + 32;            // [32]
     uint32_t* top = kept + 32;             // [4096]
     uint32_t* middle = top + TOP_BINS;     // [2][1024]
     uint32_t* keys = middle + 2 * BINS;    // [n up to a multiple of 32]
-    const uint32_t n = rehearsal && p.n > 256 * WARPS ? 256 * WARPS : p.n;
+    const uint32_t n = rehearsal && p.n > BATCH * THREADS ? BATCH * THREADS : p.n, keep = rehearsal ? (n + 1) / 2 : p.keep0;
     const uint32_t thread = thread_index(), lane = lane_index(), words = (n + 31) / 32;
-    for (uint32_t i = 4 * thread; i < 32 * words; i += 128 * WARPS) {
+    for (uint32_t i = 4 * thread; i < n; i += 4 * THREADS) {
         if (i + 4 <= n) copy_async16(keys + i, p.scores + i, !rehearsal);
-        else for (uint32_t j = i; j < i + 4; j++) keys[j] = j < n && !rehearsal ? bits_of_float(p.scores[j]) : 0;
+        else for (uint32_t j = i; j < n; j++) keys[j] = rehearsal ? 0 : bits_of_float(p.scores[j]);
     }
     copy_commit();
-    for (uint32_t i = thread; i < TOP_BINS + 2 * BINS; i += 32 * WARPS) top[i] = 0;
+    for (uint32_t i = thread; i < TOP_BINS + 2 * BINS; i += THREADS) top[i] = 0;
     copy_wait<0>();
     sync_block();
+    auto batch = [&](uint32_t (&k)[BATCH], uint32_t first, uint32_t step, uint32_t end) {
+        UNROLL for (uint32_t j = 0; j < BATCH; j++) k[j] = first + j * step < end ? keys[first + j * step] : 0;
+    };
     uint32_t nans = 0;
-    UNROLL_BY(8) for (uint32_t i = thread; i < 32 * words; i += 32 * WARPS) {
-        const uint32_t k = rehearsal ? i + 2 : i < n ? score_key(float_of_bits(keys[i])) : 0;
-        keys[i] = k;
-        nans += k == 1;
-        if (k >> 2 * DIGIT) atomic_add(top + (k >> 2 * DIGIT), 1);
+    UNROLL_BY(1) for (uint32_t i = thread; i < 32 * words; i += BATCH * THREADS) {
+        uint32_t k[BATCH];
+        batch(k, i, THREADS, n);
+        UNROLL for (uint32_t j = 0; j < BATCH; j++) {
+            const uint32_t at = i + j * THREADS;
+            if (rehearsal) k[j] = 0x3f800000u + (at * 0x9e3779b1u >> 6);  // from 1 to 16
+            k[j] = at < n ? score_key(float_of_bits(k[j])) : 0;
+            nans += k[j] == 1;
+            if (at < 32 * words) keys[at] = k[j];
+            k[j] = fine_bin(k[j]);
+        }
+        UNROLL for (uint32_t j = 0; j < BATCH; j++)
+            if (k[j]) atomic_add(top + k[j], 1);
     }
     nans = warp_add(nans);
     if (nans && lane == 0) atomic_add(p.nan_count, nans);
     sync_block();
-    Found found = search<TOP_BINS, WARPS>(top, sums, p.keep0);
-    uint32_t prefix = found.digit;
-    int shift = 2 * DIGIT;
-    for (uint32_t* histogram = middle; shift && found.count != found.left; histogram += BINS) {
-        UNROLL_BY(8) for (uint32_t i = thread; i < 32 * words; i += 32 * WARPS) {
-            const uint32_t k = keys[i], digit = k >> (shift - DIGIT) & (BINS - 1);
-            if (k >> shift == prefix && digit) atomic_add(histogram + digit, 1);
+    Found found = search<TOP_BINS, WARPS>(top, sums, keep);
+    // The threshold is among `span` keys from `low` on.
+    const bool last = found.digit == TOP_BINS - 1;
+    uint32_t low = found.digit ? FIRST_KEY + (found.digit - 1) * BIN_KEYS : 0;
+    uint32_t span = !found.digit ? FIRST_KEY : last ? 0 - low : BIN_KEYS;
+    int bits = found.digit && !last ? 17 : 31;  // that number them
+    UNROLL_BY(1) for (int level = 0; bits && found.count != found.left; level++) {
+        uint32_t* histogram = middle + level % 2 * BINS;
+        if (level > 1) {
+            for (uint32_t i = thread; i < BINS; i += THREADS) histogram[i] = 0;
+            sync_block();
+        }
+        bits = bits > DIGIT ? bits - DIGIT : 0;
+        UNROLL_BY(1) for (uint32_t i = thread; i < 32 * words; i += BATCH * THREADS) {
+            uint32_t k[BATCH];
+            batch(k, i, THREADS, 32 * words);
+            UNROLL for (uint32_t j = 0; j < BATCH; j++) {
+                const uint32_t at = k[j] - low, digit = at >> bits;
+                if (at < span && digit) atomic_add(histogram + digit, 1);
+            }
         }
         sync_block();
         found = search<BINS, WARPS>(histogram, sums, found.left);
-        prefix = prefix << DIGIT | found.digit;
-        shift -= DIGIT;
+        low += found.digit << bits;
+        span = 1u << bits;
     }
     const bool whole_bin = found.count == found.left;
-    const uint32_t threshold = whole_bin ? (prefix << shift) - 1 : prefix, ties = whole_bin ? 0 : found.left;
+    const uint32_t threshold = whole_bin ? low - 1 : low, ties = whole_bin ? 0 : found.left;
     // A warp has so many words one after another.
     const uint32_t each = (words + WARPS - 1) / WARPS, first = warp_index() * each;
     const uint32_t end = first + each < words ? first + each : words;
@@ -135,12 +168,15 @@ template <int WARPS> DEVICE void select_by_block(const NeuronParams& p, unsigned
     Keeper keeper = {threshold, ties, ahead & 0xffff, ahead >> 16};
     // Mostly all that stay are above the threshold.
     if (!ties) {
-        UNROLL_BY(8) for (uint32_t word = first; word < end; word++) {
-            const bool stays = keys[32 * word + lane] > threshold;
-            const uint32_t bits = vote(stays);
-            if (stays && !rehearsal) p.index[keeper.above + count_bits(bits & below)] = 32 * word + lane;
-            if (lane == 0 && !rehearsal) p.masks[word] = bits;
-            keeper.above += count_bits(bits);
+        UNROLL_BY(1) for (uint32_t word = first; word < end; word += BATCH) {
+            uint32_t k[BATCH];
+            batch(k, 32 * word + lane, 32, 32 * end);
+            UNROLL for (uint32_t j = 0; j < BATCH; j++) {
+                const uint32_t bits = vote(k[j] > threshold);
+                if (k[j] > threshold && !rehearsal) p.index[keeper.above + count_bits(bits & below)] = 32 * (word + j) + lane;
+                if (lane == 0 && word + j < end && !rehearsal) p.masks[word + j] = bits;
+                keeper.above += count_bits(bits);
+            }
         }
     } else UNROLL_BY(1) for (uint32_t word = first; word < end; word++) {
         uint32_t place;
@@ -148,7 +184,7 @@ template <int WARPS> DEVICE void select_by_block(const NeuronParams& p, unsigned
         if (bits >> lane & 1 && !rehearsal) p.index[place] = 32 * word + lane;
         if (lane == 0 && !rehearsal) p.masks[word] = bits;
     }
-    if (!rehearsal && thread < 8 && p.keep0 % 8 && thread >= p.keep0 % 8) p.index[p.keep0 / 8 * 8 + thread] = 0;
+    if (!rehearsal && thread < 8 && keep % 8 && thread >= keep % 8) p.index[keep / 8 * 8 + thread] = 0;
     sync_block();
 }
 

@@ -41,6 +41,10 @@ struct NormParams {
     uint32_t late;            // not 0: the kernel after the next may use what the one ahead of this one's wrote
 };
 
+// Flags of LinearParams::late: w is no constant, and read only when the kernel ahead has ended; the kernel after the next
+// may use what the one ahead of this one's wrote, so the next one is let start only when that has ended.
+constexpr uint32_t LATE_WEIGHTS = 1, LATE_SUCCESSOR = 2;
+
 // Products into Partial [splits][rows][n]. linear_skinny takes a second matrix, whose rows are those
 // from `first` on: the router beside q, k and v.
 struct LinearParams {
@@ -54,7 +58,7 @@ struct LinearParams {
     uint32_t splits;
     const void* more;       // T [n - first][k], null: none
     uint32_t first;
-    uint32_t late;          // linear_skinny: w is no constant, and read only when the kernel ahead has ended
+    uint32_t late;          // LATE_..., by linear_skinny and linear_wide
 };
 
 // Second product of a selective ReLU MLP, from the sums that the first one left.

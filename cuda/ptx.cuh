@@ -251,14 +251,10 @@ template <class T, int K_LINES, int NT> DEVICE void matrix_multiply(float (&)[NT
 
 // ---- copies from global to shared memory -------------------------------------------------------
 
-// One thread's 16 (8) bytes, zeros when not valid; both addresses aligned. Done after copy_wait.
+// One thread's 16 bytes, zeros when not valid; both addresses aligned. Done after copy_wait.
 DEVICE void copy_async16(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :: "r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
-}
-DEVICE void copy_async8(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
-                 :: "r"(shared_address(shared)), "l"(global), "r"(valid ? 8 : 0) : "memory");
 }
 // Closes a group of this thread's copies.
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

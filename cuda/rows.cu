@@ -20,65 +20,95 @@ template <class T> DEVICE void embed(const EmbedParams& p) {
 }
 
 // residual += delta + delta_bias;  out = (residual - mean) / sqrt(variance + eps) * weight + bias, or
-// residual / sqrt(mean square + eps) * weight. The row stays in shared memory between the passes; what
-// is constant is copied there while the kernel before still runs, each thread its own columns.
-template <class T> DEVICE void norm(const NormParams& p) {
+// residual / sqrt(mean square + eps) * weight. A thread has CHUNKS times four columns of the row in registers; what is
+// constant it loads while the kernel before still runs. Nothing else overlaps this kernel but the next one's weights, and
+// its instructions come from far away: it is short, and its warps meet once. Each warp leaves its columns' sum and their
+// squares' around its own mean, and all of them put these together.
+template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
     if (!p.late) let_next_start();
     SHARED_BYTES(shared);
-    float* scratch = (float*)shared;
-    float* row_values = scratch + 32;
-    T* constants = (T*)(row_values + p.hidden);  // weight, bias, delta_bias
-    for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
+    Floats2* of_warps = (Floats2*)shared;  // [32] sum, squares
+    const uint32_t lane = lane_index(), warp = warp_index(), step = 4 * block_threads();
+    constexpr bool HELD = CHUNKS <= 2;  // whether there are registers for weight and bias, too
+    Words2 constants[CHUNKS][3];        // those two and delta_bias: four elements each
+    UNROLL for (int c = 0; c < CHUNKS; c++) {
+        const uint32_t i = 4 * thread_index() + c * step;
         const void* from[3] = {p.weight, p.bias, p.delta_bias};
-        UNROLL for (int j = 0; j < 3; j++)
-            if (from[j]) copy_async8(constants + j * p.hidden + i, (const T*)from[j] + i, true);
+        UNROLL for (int j = 0; j < 3; j++) {
+            constants[c][j] = {};
+            if ((HELD || j == 2) && from[j] && i < p.hidden) constants[c][j] = *(const Words2*)((const T*)from[j] + i);
+        }
     }
-    copy_commit();
     const uint32_t row = p.row_map ? p.row_map[block_x()] : block_x();
     wait_for_previous();
     if (p.late) let_next_start();
-    float sum = 0;
-    const bool changed = p.delta.splits || p.delta_bias;
-    for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
+    Floats4 v[CHUNKS];
+    float sum = 0, square = 0;
+    UNROLL for (int c = 0; c < CHUNKS; c++) {
+        v[c] = {};
+        const uint32_t i = 4 * thread_index() + c * step;
+        if (i >= p.hidden) continue;
+        Floats4 delta[1];
         Floats4* stream = (Floats4*)(p.residual + (uint64_t)row * p.hidden + i);
-        Floats4 v = *stream, delta[1];
-        partial_sums<4, 1>(delta, p.delta, p.rows, row, {i});
-        copy_wait<0>();
-        const Floats4 bias = load4<T>(p.delta_bias ? constants + 2 * p.hidden : nullptr, i);
+        v[c] = *stream;
+        partial_sums<4, 1, 8 / CHUNKS>(delta, p.delta, p.rows, row, {i});
+        const Floats4 add = floats4<T>(constants[c][2]);
         UNROLL for (int j = 0; j < 4; j++) {
-            v.v[j] += delta[0].v[j] + bias.v[j];
-            sum += p.bias ? v.v[j] : v.v[j] * v.v[j];
+            v[c].v[j] += delta[0].v[j] + add.v[j];
+            sum += v[c].v[j];
         }
-        if (!p.row_map && changed) *stream = v;
-        *(Floats4*)(row_values + i) = v;
+        if (!p.row_map) *stream = v[c];
     }
-    sum = block_sum(sum, scratch);
-    float mean = 0, square = sum;
+    // Columns of a warp, of which each but the last has whole pieces of 128.
+    auto columns = [&](uint32_t warp) {
+        uint32_t n = 0;
+        UNROLL for (int c = 0; c < CHUNKS; c++) {
+            const uint32_t first = 128 * warp + c * step;
+            n += first >= p.hidden ? 0 : p.hidden - first < 128 ? p.hidden - first : 128;
+        }
+        return (float)n;
+    };
+    float mean = 0;
     if (p.bias) {
-        mean = sum / p.hidden;
-        square = 0;
-        for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
-            UNROLL for (int j = 0; j < 4; j++) {
-                const float d = row_values[i + j] - mean;
-                square += d * d;
-            }
-        }
-        square = block_sum(square, scratch);
+        sum = warp_sum(sum);
+        mean = sum * reciprocal_fast(columns(warp));
     }
-    const float factor = reciprocal_sqrt(square / p.hidden + p.epsilon);
-    for (uint32_t i = 4 * thread_index(); i < p.hidden; i += 4 * block_threads()) {
-        Floats4 v = *(const Floats4*)(row_values + i);
-        const Floats4 weight = load4<T>(constants, i), bias = load4<T>(p.bias ? constants + p.hidden : nullptr, i);
-        UNROLL for (int j = 0; j < 4; j++) v.v[j] = (v.v[j] - mean) * factor * weight.v[j] + bias.v[j];
-        store4<T>(p.out, (uint64_t)block_x() * p.hidden + i, v);
+    UNROLL for (int c = 0; c < CHUNKS; c++) {
+        if (4 * thread_index() + c * step >= p.hidden) continue;
+        UNROLL for (int j = 0; j < 4; j++) square += (v[c].v[j] - mean) * (v[c].v[j] - mean);
+    }
+    square = warp_sum(square);
+    if (lane == 0) of_warps[warp] = {{sum, square}};
+    sync_block();
+    const bool valid = 32 * lane < (uint32_t)block_threads();
+    const Floats2 mine = valid ? of_warps[lane] : Floats2{{0, 0}};
+    const float one = reciprocal_fast((float)p.hidden);  // column's weight
+    square = mine.v[1];
+    if (p.bias) {
+        mean = warp_sum(mine.v[0]) * one;
+        if (valid) {
+            const float n = columns(lane), d = mine.v[0] * reciprocal_fast(n) - mean;
+            square += n * d * d;
+        }
+    }
+    const float factor = reciprocal_sqrt(warp_sum(square) * one + p.epsilon);
+    UNROLL for (int c = 0; c < CHUNKS; c++) {
+        const uint32_t i = 4 * thread_index() + c * step;
+        if (i >= p.hidden) continue;
+        const Floats4 weight = HELD ? floats4<T>(constants[c][0]) : load4<T>(p.weight, i);
+        const Floats4 bias = HELD ? floats4<T>(constants[c][1]) : load4<T>(p.bias, i);
+        UNROLL for (int j = 0; j < 4; j++) v[c].v[j] = (v[c].v[j] - mean) * factor * weight.v[j] + bias.v[j];
+        store4<T>(p.out, (uint64_t)block_x() * p.hidden + i, v[c]);
     }
 }
 
-// Block (row, y): a head of q, k or v for each warp: bias, norm, rotation, write. With a selection a y more does that,
-// and with rows to narrow the last one. Attention over selected heads can load nothing early and its blocks fill
-// the registers: with few rows it starts only when the product has ended, unless it has a router's matrix to load.
+// Block (row, y): a head of q, k or v for each warp: bias, norm, rotation, write. With rows to narrow the first y does
+// that, and with a selection the next: they take longest, and there may be more blocks than have room at once. Attention
+// over selected heads can load nothing early and its blocks fill the registers: with few rows it starts only when the
+// product has ended, unless it has a router's matrix to load. PAIRS: for heads of up to 128 times that; PARTS: of the sums
+// that are under way at once, so that `qkv_whole`, for sums of one part, has room for more blocks.
 constexpr uint32_t FEW_ROWS = 4;
-template <class T> DEVICE void qkv(const QkvParams& p) {
+template <class T, int PAIRS, int PARTS> DEVICE void qkv(const QkvParams& p) {
     const uint32_t row = block_x(), hd = p.head_dim, half = hd / 2;
     const bool selects = p.select.sequences != 0, narrows = p.narrow.sequences != 0;
     const bool late = selects && !narrows && p.rows <= FEW_ROWS;
@@ -87,28 +117,29 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
         if (late) let_next_start();
     };
     if (!late) let_next_start();
-    if (narrows && block_y() == grid_y() - 1) {
+    if (narrows && block_y() == 0) {
         wait();
         SHARED_BYTES(shared);
         if (row < p.narrow.sequences) router_bytes::narrow(p.narrow, row, (float*)shared);
         return;
     }
-    if (selects && block_y() == grid_y() - 1 - narrows) {
+    if (selects && block_y() == narrows) {
         wait();
         if (row < p.select.sequences) heads::select<T>(p.select, row);
         return;
     }
-    const uint32_t slot = p.kv_slot[row], head = block_y() * (block_threads() / 32) + warp_index();
+    const uint32_t slot = p.kv_slot[row], y = block_y() - narrows - selects;
+    const uint32_t head = y * (block_threads() / 32) + warp_index();
     const bool is_q = head < p.heads, is_v = head >= p.heads + p.kv_heads;
     if (head >= p.heads + 2 * p.kv_heads || (!is_q && slot == NONE)) return wait();
     const uint32_t column = head * hd;
-    // Lane l holds pairs (i, i + half) and (i + 1, i + 1 + half), i = 2 l (and 2 l + 64): x[j][0] and
-    // x[j][1] are the two halves. Constants are loaded while the product still runs.
+    // Lane l holds pairs (i, i + half) and (i + 1, i + 1 + half), i = 2 l (and 2 l + 64, in heads of more than 128): x[j][0]
+    // and x[j][1] are the two halves. Constants are loaded while the product still runs.
     const T* weight = (const T*)(is_v ? nullptr : is_q ? p.q_norm : p.k_norm);
     const float* rotation = p.rotation && !is_v ? p.rotation + (uint64_t)p.positions[row] * hd : nullptr;
-    Floats2 x[2][2], bias[2][2], scale[2][2];
-    Floats4 turn[2];
-    UNROLL for (int j = 0; j < 2; j++) {
+    Floats2 x[PAIRS][2], bias[PAIRS][2], scale[PAIRS][2];
+    Floats4 turn[PAIRS];
+    UNROLL for (int j = 0; j < PAIRS; j++) {
         const uint32_t i = 2 * lane_index() + 64 * j;
         UNROLL for (int h = 0; h < 2; h++) {
             x[j][h] = bias[j][h] = {{0, 0}};
@@ -121,10 +152,10 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
     }
     wait();
     float square = 0;
-    UNROLL for (int j = 0; j < 2; j++) {
+    UNROLL for (int j = 0; j < PAIRS; j++) {
         const uint32_t i = 2 * lane_index() + 64 * j;
         if (i >= half) continue;
-        partial_sums<2, 2>(x[j], p.qkv, p.rows, row, {column + i, column + i + half});
+        partial_sums<2, 2, PARTS>(x[j], p.qkv, p.rows, row, {column + i, column + i + half});
         UNROLL for (int h = 0; h < 2; h++) {
             UNROLL for (int c = 0; c < 2; c++) {
                 x[j][h].v[c] += bias[j][h].v[c];
@@ -141,7 +172,7 @@ template <class T> DEVICE void qkv(const QkvParams& p) {
         to = (T*)p.kv + (((slot / PAGE_TOKENS * (uint64_t)p.kv_heads + kv_head) * 2 + is_v) * PAGE_TOKENS +
                          slot % PAGE_TOKENS) * hd;
     }
-    UNROLL for (int j = 0; j < 2; j++) {
+    UNROLL for (int j = 0; j < PAIRS; j++) {
         const uint32_t i = 2 * lane_index() + 64 * j;
         if (i >= half) continue;
         Floats2 a, b;
@@ -206,8 +237,12 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 
 #define ROWS(type)                                                                                    \
     KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
-    KERNEL(1024, 1) norm_##type(const GRID_CONSTANT NormParams p) { rows::norm<type>(p); }                            \
-    KERNEL(256, 3) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type>(p); }                                \
+    KERNEL(1024, 1) norm_##type##_1(const GRID_CONSTANT NormParams p) { rows::norm<type, 1>(p); }                     \
+    KERNEL(1024, 1) norm_##type##_2(const GRID_CONSTANT NormParams p) { rows::norm<type, 2>(p); }                     \
+    KERNEL(1024, 1) norm_##type##_4(const GRID_CONSTANT NormParams p) { rows::norm<type, 4>(p); }                     \
+    KERNEL(256, 4) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 8>(p); }                         \
+    KERNEL(256, 6) qkv_whole_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 1>(p); }                    \
+    KERNEL(256, 3) qkv_long_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 2, 8>(p); }                     \
     KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
 ROWS(bf16)
 ROWS(f16)

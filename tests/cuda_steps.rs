@@ -336,6 +336,7 @@ fn what_is_not_built_is_refused_in_a_sentence() {
     refused(spec(), Some(DType::F32), &["float32", "CUDA"]);
     refused(llama(DType::BF16, 1, 512, (2, 2), 288, 48), None, &["head size 288", "CUDA", "256"]);
     refused(llama(DType::BF16, 1, 60, (4, 2), 15, 48), None, &["hidden size 60", "CUDA", "8"]);
+    refused(llama(DType::BF16, 1, 16_392, (4, 2), 16, 48), None, &["hidden size 16392", "CUDA", "16384"]);
     refused(llama(DType::BF16, 1, 64, (34, 2), 16, 48), None, &["17 query heads"]);
     assert_eq!(load(spec(), None), None);
     // What a model was stored as may also be asked for.

@@ -472,7 +472,8 @@ pub(crate) fn small(gpu: &Gpu) {
             head_dim: hd,
             ..QkvParams::default()
         };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, 0, false), &qkv));
+        let us =
+            gpu.time(1, |_| gpu.start(&k.qkv((rows, heads + 2 * kv_heads, qkv.qkv.splits), 0, false), &qkv));
         gpu.report("qkv", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let (keep, selected, nan) =
             (gpu.words(&vec![5; rows as usize]), gpu.room(2 * u64::from(rows * kv_heads)), gpu.room(4));
@@ -491,7 +492,9 @@ pub(crate) fn small(gpu: &Gpu) {
             ..SelectParams::default()
         };
         let both = QkvParams { select, ..qkv };
-        let us = gpu.time(1, |_| gpu.start(&k.qkv(rows, heads + 2 * kv_heads, kv_heads, false), &both));
+        let us = gpu.time(1, |_| {
+            gpu.start(&k.qkv((rows, heads + 2 * kv_heads, both.qkv.splits), kv_heads, false), &both)
+        });
         gpu.report("qkv+select", &format!("B={rows} splits {splits}"), &format!(r#""rows":{rows}"#), us, 0.0);
         let act = ActivateParams {
             input: Partial { data: sums.at, splits: k.linear(rows, 2 * ffn, d).1, columns: 2 * ffn },

@@ -128,7 +128,14 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
             select: if sparse { select } else { SelectParams::default() },
             ..QkvParams::default()
         };
-        gpu.start(&k.qkv(batch, HEADS + 2 * KV_HEADS, if sparse { KV_HEADS } else { 0 }, false), &params);
+        gpu.start(
+            &k.qkv(
+                (batch, HEADS + 2 * KV_HEADS, params.qkv.splits),
+                if sparse { KV_HEADS } else { 0 },
+                false,
+            ),
+            &params,
+        );
         let params = DecodeParams {
             q: q.at,
             kv,

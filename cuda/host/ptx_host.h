@@ -217,7 +217,6 @@ template <class T, int K_LINES, int NT> void matrix_multiply(float (&c)[NT][4], 
 }
 
 DEVICE void copy_async16(void* target, const void* source, bool valid) { host::copy_issue(target, source, 16, valid); }
-DEVICE void copy_async8(void* target, const void* source, bool valid) { host::copy_issue(target, source, 8, valid); }
 DEVICE void copy_commit() { host::copy_commit(); }
 template <int N> void copy_wait() { host::copy_wait(N); }
 

@@ -150,8 +150,12 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
     let (neurons, rank, chosen) = c.scores;
     let scores = (neurons > 0).then(|| {
-        let scores = Scores::new(bench, (n, neurons, rank), 0, false);
-        if chosen > 0 { scores.choosing(bench, chosen) } else { scores }
+        let size = (n, neurons, rank);
+        if chosen == 0 {
+            return Scores::new(bench, size, 0, false);
+        }
+        // Scores in the first, the last and many other bins, and zeros.
+        Scores::with(bench, size, 0, false, &[1.0, 1.0, 1e-7, 3e5, 0.0]).choosing(bench, chosen)
     });
     let launch = match scores {
         None => k.decode(n as u32, c.large, false),
@@ -342,7 +346,7 @@ fn decode_takes_scores_of_any_number_along() {
             decode(b, &Case { large, lengths, keep: keep.clone(), group: 4, ..along(scores) })
         });
     }
-    for (rows, rank, chosen) in [(9, 1024, 0), (33, 72, 100), (64, 72, 7)] {
+    for (rows, rank, chosen) in [(9, 1024, 0), (33, 72, 100), (34, 72, 130), (64, 72, 7)] {
         let lengths: Vec<_> = (0..rows).map(|i| i * 7 % 20).collect();
         decode(&Bench::new(3), &Case { keep: vec![1; rows], lengths, ..along((136, rank, chosen)) });
     }

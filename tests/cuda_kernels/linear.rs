@@ -237,7 +237,7 @@ fn a_matrix_that_comes_late_is_waited_for() {
             let run = |late: u32| {
                 let out = bench.room(bytes);
                 bench.late.lock().unwrap().clear();
-                if late == 1 {
+                if late == LATE_WEIGHTS {
                     bench.late.lock().unwrap().push((w, u64::from(2 * n * kk)));
                 }
                 let params = LinearParams { x, w, out, rows, n, k: kk, splits, late, ..Default::default() };
@@ -245,7 +245,8 @@ fn a_matrix_that_comes_late_is_waited_for() {
                 bench.bytes(out, bytes)
             };
             let early = run(0);
-            assert!(early == run(1), "{rows} rows, {n} x {kk}");
+            assert!(early == run(LATE_WEIGHTS), "{rows} rows, {n} x {kk}");
+            assert!(early == run(LATE_SUCCESSOR), "{rows} rows, {n} x {kk}");
             early
         });
     }

@@ -105,11 +105,17 @@ pub struct Scores {
 }
 
 impl Scores {
-    pub fn new(
+    pub fn new(bench: &Bench, size: (usize, usize, usize), first_group: u32, more: bool) -> Scores {
+        Scores::with(bench, size, first_group, more, &[1.0])
+    }
+
+    /// Neuron i's scores are this many times as large: `factors` in turn.
+    pub fn with(
         bench: &Bench,
         (rows, n, rank): (usize, usize, usize),
         first_group: u32,
         more: bool,
+        factors: &[f64],
     ) -> Scores {
         let mut rng = Rng((rows + n + rank) as u64);
         let (group, count) = groups(rows, first_group);
@@ -122,7 +128,8 @@ impl Scores {
         let (z, w) = (whole(rows * rank), whole(n * rank));
         let mut scales =
             |n: usize| -> Vec<f64> { rng.vector(n, 0.01, DType::F32).iter().map(|v| v.abs()).collect() };
-        let (mut z_scales, w_scales) = (scales(rows), scales(n));
+        let (mut z_scales, mut w_scales) = (scales(rows), scales(n));
+        w_scales.iter_mut().enumerate().for_each(|(i, s)| *s *= factors[i % factors.len()]);
         let times = |v: &[i8], scales: &[f64]| -> Vec<f64> {
             v.iter().enumerate().map(|(i, &v)| f64::from(v) * scales[i / rank]).collect()
         };

@@ -66,13 +66,25 @@ pub fn norms_add_the_pending_sum_first() {
     for (layer_norm, splits, mapped) in
         [(true, 3, false), (false, 1, false), (false, 0, false), (true, 2, true)]
     {
-        orders(|bench| norm(bench, layer_norm, splits, mapped));
+        orders(|bench| norm(bench, (5, 136), layer_norm, splits, mapped));
+    }
+    // Two and four times four columns a thread, the last ones in part; blocks of half as many threads.
+    for size in [(2, 4104), (1, 8200), (6, 2048 + 264)] {
+        for layer_norm in [false, true] {
+            norm(&Bench::new(3), size, layer_norm, 9, false);
+        }
     }
 }
 
-fn norm(bench: &Bench, layer_norm: bool, splits: usize, mapped: bool) -> Vec<u8> {
+fn norm(
+    bench: &Bench,
+    (rows, hidden): (usize, usize),
+    layer_norm: bool,
+    splits: usize,
+    mapped: bool,
+) -> Vec<u8> {
     let mut rng = Rng(9);
-    let (rows, hidden, eps) = (5, 136, 1e-5);
+    let eps = 1e-5;
     let residual: Vec<f64> = rng.vector(rows * hidden, 1.0, DType::F32).iter().map(|v| v + 0.5).collect();
     let delta = rng.vector(rows * hidden, 1.0, DType::F32);
     let [add, weight, bias] = [0; 3].map(|_| rng.vector(hidden, 1.0, T));
@@ -132,12 +144,16 @@ pub fn qkv_bias_norm_rotation_and_pages() {
         (128, 1, 7, false, true, true),
         (256, 1, 2, false, true, true),
     ] {
-        orders(|b| qkv(b, hd, kv_heads, group, biased, normed, rotated));
+        for (rows, splits) in [(4, 2), (17, 9), (17, 1)] {
+            orders(|b| qkv(b, (rows, splits), hd, kv_heads, group, biased, normed, rotated));
+        }
     }
 }
 
+#[allow(clippy::too_many_arguments, reason = "one call")]
 fn qkv(
     bench: &Bench,
+    (rows, splits): (usize, usize),
     hd: usize,
     kv_heads: usize,
     group: usize,
@@ -147,11 +163,14 @@ fn qkv(
 ) -> Vec<u8> {
     let mut rng = Rng(hd as u64);
     let heads = kv_heads * group;
-    let (rows, columns, eps) = (4, (heads + 2 * kv_heads) * hd, 1e-6);
+    let (columns, eps) = ((heads + 2 * kv_heads) * hd, 1e-6);
     let qkv = rng.vector(rows * columns, 1.0, DType::F32);
     let bias = rng.vector(columns, 1.0, T);
     let [q_norm, k_norm] = [0; 2].map(|_| rng.vector(hd, 1.0, T));
-    let (positions, slots) = ([0u32, 5, 31, 2], [3 * 16u32, 5, NONE, 16 + 15]);
+    let positions: Vec<u32> = (0..rows).map(|r| [0, 5, 31, 2][r % 4]).collect();
+    let slots: Vec<u32> = (0..rows as u32)
+        .map(|r| [3 * 16, 5, NONE, 16 + 15].get(r as usize).copied().unwrap_or(6 + r))
+        .collect();
     let angles: Vec<f64> =
         (0..32 * hd / 2).map(|i| (i / (hd / 2)) as f64 * 0.7f64.powi((i % (hd / 2)) as i32)).collect();
     let table: Vec<f64> = angles.iter().flat_map(|a| [a.cos(), a.sin()]).collect();
@@ -191,9 +210,13 @@ fn qkv(
     let kv = bench.room(2 * pool.len());
     let or_null = |on: bool, v: &[f64]| if on { bench.half(v, T) } else { Ptr::NULL };
     bench.start(
-        &kernels(hd as u32, group as u32).qkv(rows as u32, (heads + 2 * kv_heads) as u32, 0, false),
+        &kernels(hd as u32, group as u32).qkv(
+            (rows as u32, (heads + 2 * kv_heads) as u32, splits as u32),
+            0,
+            false,
+        ),
         &QkvParams {
-            qkv: parts(bench, &mut rng, &qkv, 2, columns),
+            qkv: parts(bench, &mut rng, &qkv, splits, columns),
             bias: or_null(biased, &bias),
             q_norm: or_null(normed, &q_norm),
             k_norm: or_null(normed, &k_norm),
@@ -256,7 +279,10 @@ pub fn qkv_selects_heads_beside_its_work() {
                 };
                 let router = select.units * select.per_unit;
                 let all = (heads + 2 * kv_heads) as u32;
-                bench.start(&kernels(hd as u32, group as u32).qkv(rows, all, router, false), &params);
+                bench.start(
+                    &kernels(hd as u32, group as u32).qkv((rows, all, sums.splits), router, false),
+                    &params,
+                );
                 [bench.bytes(q, bytes), bench.bytes(kv, 2 * HEAD_ROWS * kv_heads * 32 * hd)].concat()
             };
             let (with, without) = (run(case.params), run(SelectParams::default()));

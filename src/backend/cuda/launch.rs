@@ -52,6 +52,7 @@ macro_rules! names {
             "attention_prefill_small_bf16_96", "attention_prefill_small_bf16_128",
             "attention_prefill_small_f16_64", "attention_prefill_small_f16_80",
             "attention_prefill_small_f16_96", "attention_prefill_small_f16_128",
+            "norm_bf16_1", "norm_bf16_2", "norm_bf16_4", "norm_f16_1", "norm_f16_2", "norm_f16_4",
             "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
             "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
             $(concat!($sized, "_bf16_1"), concat!($sized, "_bf16_2"),
@@ -62,7 +63,7 @@ macro_rules! names {
     };
 }
 
-names! { "embed" "norm" "qkv" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
+names! { "embed" "qkv" "qkv_whole" "qkv_long" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
 "mlp_down";
 by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "router_scores" }
 
@@ -86,6 +87,8 @@ pub const MADE_ROWS: u32 = 4;
 const NARROW_UP_ROWS: u32 = 16;
 /// Neurons up to which their selection keeps its keys in registers.
 const REGISTER_NEURONS: u32 = 16_384;
+/// Columns of the rows that norms take.
+pub const MOST_HIDDEN: u32 = 16 * 1024;
 /// Neurons whose list one block of a selection writes.
 const SELECT_PIECE: u32 = 2048;
 /// Most blocks that share one row of logits.
@@ -130,8 +133,10 @@ impl Default for Tuning {
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
     embed: Id,
-    norm: Id,
-    qkv: Id,
+    /// By columns of a thread: 4, 8, 16.
+    norm: [Id; 3],
+    /// For sums in several parts, in one.
+    qkv: [Id; 2],
     activate: Id,
     pub(super) activated: Id,
     select_heads: Id,
@@ -208,6 +213,10 @@ impl Kernels {
             let one = |rows| by_name(&format!("{base}_{t}_{rows}"));
             Ok([one(1)?, one(2)?, one(4)?, one(8)?])
         };
+        let by_size = |base: &str| -> Result<[Id; 3]> {
+            let one = |size| by_name(&format!("{base}_{t}_{size}"));
+            Ok([one(1)?, one(2)?, one(4)?])
+        };
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
         let large = large_fits(head_dim, group, (decode_blocks, stages), shared_per_block)
             .then(|| sized("attention_decode_large"));
@@ -219,8 +228,8 @@ impl Kernels {
         };
         Ok(Kernels {
             embed: each("embed")?,
-            norm: each("norm")?,
-            qkv: each("qkv")?,
+            norm: by_size("norm")?,
+            qkv: if head_dim > 128 { [each("qkv_long")?; 2] } else { [each("qkv")?, each("qkv_whole")?] },
             activate: each("activate")?,
             activated: each("linear_activated")?,
             select_heads: each("select_heads")?,
@@ -250,11 +259,7 @@ impl Kernels {
             router: by_rows("router_scores")?,
             router_bytes: by_name("router_scores_bytes")?,
             narrow: by_name("narrow_rows")?,
-            down: [
-                by_name(&format!("linear_down_{t}_1"))?,
-                by_name(&format!("linear_down_{t}_2"))?,
-                by_name(&format!("linear_down_{t}_4"))?,
-            ],
+            down: by_size("linear_down")?,
             wide: [by_rows("linear_wide")?, by_rows("linear_wide_down")?],
             mlp_down: each("mlp_down")?,
             warpgroups: false,
@@ -273,21 +278,27 @@ impl Kernels {
         Launch { kernel: self.embed, grid: (rows, 1), threads: 256, shared: 0 }
     }
 
-    /// Norms of `rows` rows.
+    /// Norms of `rows` rows of up to [`MOST_HIDDEN`] columns.
     pub fn norm(&self, rows: u32, hidden: u32) -> Launch {
         // A block of 1024 threads fills a multiprocessor's registers.
-        let most = if rows > self.multiprocessors { 512 } else { 1024 };
+        let most = if rows > self.multiprocessors && hidden <= MOST_HIDDEN / 2 { 512 } else { 1024 };
         let threads = hidden.div_ceil(4).next_multiple_of(32).min(most);
-        Launch { kernel: self.norm, grid: (rows, 1), threads, shared: (32 + hidden) * 4 + 3 * hidden * 2 }
+        let kernel = self.norm[match hidden.div_ceil(4 * threads) {
+            1 => 0,
+            2 => 1,
+            _ => 2,
+        }];
+        Launch { kernel, grid: (rows, 1), threads, shared: 32 * 8 }
     }
 
-    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v); `router`: rows of the
+    /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v) from sums in `parts`; `router`: rows of the
     /// router by which it selects heads as well, 0: none; `narrows`: it makes bytes of up to [`MOST_RANK`] columns as well.
-    pub fn qkv(&self, rows: u32, heads: u32, router: u32, narrows: bool) -> Launch {
+    pub fn qkv(&self, (rows, heads, parts): (u32, u32, u32), router: u32, narrows: bool) -> Launch {
+        let kernel = self.qkv[usize::from(parts == 1)];
         let y = heads.div_ceil(8);
         let (selects, shared) = if router > 0 { (1, select_bytes(router)) } else { (0, 0) };
         let shared = if narrows { narrow_bytes(MOST_RANK).max(shared) } else { shared };
-        Launch { kernel: self.qkv, grid: (rows, y + selects + u32::from(narrows)), threads: 256, shared }
+        Launch { kernel, grid: (rows, y + selects + u32::from(narrows)), threads: 256, shared }
     }
 
     /// Bytes of rows of sums, so many pieces of 64 each.

@@ -21,6 +21,10 @@ impl Ptr {
 pub const NONE: u32 = u32::MAX;
 /// [`ActivateParams::kind`] of sums that are only added.
 pub const NO_ACTIVATION: u32 = 3;
+/// Flags of [`LinearParams::late`].
+pub const LATE_WEIGHTS: u32 = 1;
+/// See the header.
+pub const LATE_SUCCESSOR: u32 = 2;
 /// Virtual pages that opening a segment of a sequence costs.
 pub const SEGMENT_COST: u32 = 4;
 /// Bins of a row's first histogram when sampling.

@@ -3,7 +3,7 @@
 use super::cut::{ActivatedCut, WideCut};
 use super::device::Device;
 use super::launch::{Kernels, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, MADE_ROWS, SKINNY_ROWS};
-use super::params::{ActivateParams, ActivatedParams, LinearParams, Partial, Ptr};
+use super::params::{ActivateParams, ActivatedParams, LATE_WEIGHTS, LinearParams, Partial, Ptr};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -113,7 +113,7 @@ impl Kernels {
         out: Ptr,
     ) -> (Launch, LinearParams) {
         let (launch, params) = self.product((w, x), (n, rows, k), out);
-        (launch, LinearParams { late: 1, ..params })
+        (launch, LinearParams { late: LATE_WEIGHTS, ..params })
     }
 
     /// A product with a matrix stored `[k, n]`; `index`: for these of its rows only.

@@ -3,7 +3,7 @@
 //! changes a result.
 
 use super::device::Device;
-use super::launch::Kernels;
+use super::launch::{Kernels, MOST_HIDDEN};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::{ModelSpec, Position};
@@ -51,6 +51,12 @@ impl Shape {
         if !spec.hidden_size.is_multiple_of(8) {
             return Err(Error::unsupported(format!(
                 "hidden size {} on a CUDA device: a multiple of 8 is needed",
+                spec.hidden_size
+            )));
+        }
+        if spec.hidden_size > MOST_HIDDEN {
+            return Err(Error::unsupported(format!(
+                "hidden size {} on a CUDA device: at most {MOST_HIDDEN} is built",
                 spec.hidden_size
             )));
         }

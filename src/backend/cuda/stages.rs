@@ -204,7 +204,11 @@ impl<D: Device> Cuda<D> {
             narrow: narrow.unwrap_or_default(),
         };
         let heads = (shape.heads + 2 * shape.kv_heads) as u32;
-        self.go(s, &s.kernels.qkv(rows, heads, select.units * select.per_unit, narrow.is_some()), &params)
+        self.go(
+            s,
+            &s.kernels.qkv((rows, heads, qkv.splits), select.units * select.per_unit, narrow.is_some()),
+            &params,
+        )
     }
 
     /// Sums of q, k and v, of the attention router `router`, and of the MLP router `along`.
@@ -422,7 +426,12 @@ impl<D: Device> Cuda<D> {
             self.go(s, &s.kernels.prefill(s.tables.tile_size, s.tables.n_tiles, kv_heads), &params)?;
         }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
-        let sum = self.product(s, (b.attention, l.o.weight), size, b.delta)?;
+        let mut own = s.kernels.product((b.attention, l.o.weight), size, b.delta);
+        if s.list_is_late && rows <= LIBRARY_ROWS && size.1 < LIBRARY_COLUMNS {
+            own.1.late = LATE_SUCCESSOR;
+            s.list_is_late = false;
+        }
+        let sum = self.multiply(s, &own, false)?;
         s.pending = Pending { sum, bias: l.o.bias };
         Ok(())
     }
