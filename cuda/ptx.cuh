@@ -20,6 +20,13 @@
 #else
 #define ROOMY_BLOCKS 2
 #endif
+// The same in clusters of so many blocks side by side, from compute capability 9.0 on.
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER_KERNEL(threads, blocks, size) \
+    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, blocks)
+#else
+#define CLUSTER_KERNEL(threads, blocks, size) KERNEL(threads, blocks)
+#endif
 #define GRID_CONSTANT __grid_constant__
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
@@ -88,6 +95,26 @@ DEVICE uint32_t load_relaxed(const uint32_t* p) {
     asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
+DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// For the blocks of a cluster, which run at the same time: all threads of all blocks arrive, and wait for each other. What
+// a thread wrote before it arrived, the others see once they have waited.
+#if __CUDA_ARCH__ >= 900
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// To where `at` is in another block's shared memory. That block must have begun (a barrier of the cluster) and not end
+// before the store is done (another one).
+template <class T> DEVICE void store_in_cluster(T* at, uint32_t block, T v) {
+    static_assert(sizeof(T) == 8, "");
+    uint32_t to, w[2];
+    memcpy(w, &v, 8);
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(at)), "r"(block));
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" :: "r"(to), "r"(w[0]), "r"(w[1]) : "memory");
+}
+#else  // no such kernel is launched there
+DEVICE void cluster_arrive() {}
+DEVICE void cluster_wait() {}
+template <class T> DEVICE void store_in_cluster(T*, uint32_t, T) {}
+#endif
 // Until other blocks have counted so far, behind a fence; what they wrote ahead of theirs is seen from here on. The blocks
 // must be running or done, and this one must not have written anything that others see.
 DEVICE void wait_for_count(const uint32_t* p, uint32_t count) {
@@ -177,7 +204,6 @@ DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // Four 8x8 matrices of 16-bit elements out of shared memory. Lane l points at the 16 bytes of row
 // l % 8 of matrix l / 8; lane 4 g + t gets of matrix i, in out[i], elements 2t and 2t+1 of row g:

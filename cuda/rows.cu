@@ -1,4 +1,4 @@
-// One block per row: embedding, norms, and what follows the QKV product and the MLP's first product.
+// A few blocks per row: embedding, norms, and what follows the QKV product and the MLP's first product.
 // All read the sums that a product left as `splits` fp32 matrices, so no product has an epilogue.
 // Traffic: the row, once, from and to the L2; latency-bound at decode.
 #include "heads.cuh"
@@ -20,33 +20,36 @@ template <class T> DEVICE void embed(const EmbedParams& p) {
 }
 
 // residual += delta + delta_bias;  out = (residual - mean) / sqrt(variance + eps) * weight + bias, or
-// residual / sqrt(mean square + eps) * weight. A thread has CHUNKS times four columns of the row in registers; what is
-// constant it loads while the kernel before still runs. Nothing else overlaps this kernel but the next one's weights, and
-// its instructions come from far away: it is short, and its warps meet once. Each warp leaves its columns' sum and their
-// squares' around its own mean, and all of them put these together.
-template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
+// residual / sqrt(mean square + eps) * weight. A row is a cluster's, whose threads have CHUNKS times four of its columns in
+// registers; what is constant they load while the kernel before still runs. Nothing else overlaps this kernel but the next
+// one's weights, of which a multiprocessor brings as many as this leaves room for, and its instructions come from far away:
+// it is short, a few rows are many blocks' work, and its warps meet once. Each warp leaves its columns' sum and their
+// squares' around its own mean to all blocks, and all of them put these together.
+template <class T, int CHUNKS, int CLUSTER> DEVICE void norm(const NormParams& p) {
+    if (CLUSTER > 1) cluster_arrive();
     if (!p.late) let_next_start();
     SHARED_BYTES(shared);
     Floats2* of_warps = (Floats2*)shared;  // [32] sum, squares
-    const uint32_t lane = lane_index(), warp = warp_index(), step = 4 * block_threads();
+    const uint32_t block = block_x() % CLUSTER, out_row = block_x() / CLUSTER, threads = CLUSTER * block_threads();
+    const uint32_t thread = block * block_threads() + thread_index(), lane = lane_index(), warp = thread / 32, step = 4 * threads;
     constexpr bool HELD = CHUNKS <= 2;  // whether there are registers for weight and bias, too
     Words2 constants[CHUNKS][3];        // those two and delta_bias: four elements each
     UNROLL for (int c = 0; c < CHUNKS; c++) {
-        const uint32_t i = 4 * thread_index() + c * step;
+        const uint32_t i = 4 * thread + c * step;
         const void* from[3] = {p.weight, p.bias, p.delta_bias};
         UNROLL for (int j = 0; j < 3; j++) {
             constants[c][j] = {};
             if ((HELD || j == 2) && from[j] && i < p.hidden) constants[c][j] = *(const Words2*)((const T*)from[j] + i);
         }
     }
-    const uint32_t row = p.row_map ? p.row_map[block_x()] : block_x();
+    const uint32_t row = p.row_map ? p.row_map[out_row] : out_row;
     wait_for_previous();
     if (p.late) let_next_start();
     Floats4 v[CHUNKS];
     float sum = 0, square = 0;
     UNROLL for (int c = 0; c < CHUNKS; c++) {
         v[c] = {};
-        const uint32_t i = 4 * thread_index() + c * step;
+        const uint32_t i = 4 * thread + c * step;
         if (i >= p.hidden) continue;
         Floats4 delta[1];
         Floats4* stream = (Floats4*)(p.residual + (uint64_t)row * p.hidden + i);
@@ -59,14 +62,14 @@ template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
         }
         if (!p.row_map) *stream = v[c];
     }
-    // Columns of a warp, of which each but the last has whole pieces of 128.
+    // Columns of a warp: whole pieces of 128, but for the row's last.
     auto columns = [&](uint32_t warp) {
         uint32_t n = 0;
         UNROLL for (int c = 0; c < CHUNKS; c++) {
             const uint32_t first = 128 * warp + c * step;
             n += first >= p.hidden ? 0 : p.hidden - first < 128 ? p.hidden - first : 128;
         }
-        return (float)n;
+        return n ? (float)n : 1;
     };
     float mean = 0;
     if (p.bias) {
@@ -74,13 +77,20 @@ template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
         mean = sum * reciprocal_fast(columns(warp));
     }
     UNROLL for (int c = 0; c < CHUNKS; c++) {
-        if (4 * thread_index() + c * step >= p.hidden) continue;
+        if (4 * thread + c * step >= p.hidden) continue;
         UNROLL for (int j = 0; j < 4; j++) square += (v[c].v[j] - mean) * (v[c].v[j] - mean);
     }
     square = warp_sum(square);
-    if (lane == 0) of_warps[warp] = {{sum, square}};
-    sync_block();
-    const bool valid = 32 * lane < (uint32_t)block_threads();
+    if (CLUSTER > 1) {
+        cluster_wait();  // for all to have begun
+        if (lane < CLUSTER) store_in_cluster(of_warps + warp, lane, Floats2{{sum, square}});
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        if (lane == 0) of_warps[warp] = {{sum, square}};
+        sync_block();
+    }
+    const bool valid = 32 * lane < threads;
     const Floats2 mine = valid ? of_warps[lane] : Floats2{{0, 0}};
     const float one = reciprocal_fast((float)p.hidden);  // column's weight
     square = mine.v[1];
@@ -93,12 +103,12 @@ template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
     }
     const float factor = reciprocal_sqrt(warp_sum(square) * one + p.epsilon);
     UNROLL for (int c = 0; c < CHUNKS; c++) {
-        const uint32_t i = 4 * thread_index() + c * step;
+        const uint32_t i = 4 * thread + c * step;
         if (i >= p.hidden) continue;
         const Floats4 weight = HELD ? floats4<T>(constants[c][0]) : load4<T>(p.weight, i);
         const Floats4 bias = HELD ? floats4<T>(constants[c][1]) : load4<T>(p.bias, i);
         UNROLL for (int j = 0; j < 4; j++) v[c].v[j] = (v[c].v[j] - mean) * factor * weight.v[j] + bias.v[j];
-        store4<T>(p.out, (uint64_t)block_x() * p.hidden + i, v[c]);
+        store4<T>(p.out, (uint64_t)out_row * p.hidden + i, v[c]);
     }
 }
 
@@ -235,11 +245,16 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 
 }  // namespace rows
 
+#define NORM(type, chunks, cluster)                                                                                    \
+    CLUSTER_KERNEL(1024 / cluster, 1, cluster) norm_##type##_##chunks##_##cluster(const GRID_CONSTANT NormParams p) { \
+        rows::norm<type, chunks, cluster>(p);                                                                         \
+    }
 #define ROWS(type)                                                                                    \
     KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
-    KERNEL(1024, 1) norm_##type##_1(const GRID_CONSTANT NormParams p) { rows::norm<type, 1>(p); }                     \
-    KERNEL(1024, 1) norm_##type##_2(const GRID_CONSTANT NormParams p) { rows::norm<type, 2>(p); }                     \
-    KERNEL(1024, 1) norm_##type##_4(const GRID_CONSTANT NormParams p) { rows::norm<type, 4>(p); }                     \
+    KERNEL(1024, 1) norm_##type##_1(const GRID_CONSTANT NormParams p) { rows::norm<type, 1, 1>(p); }                  \
+    KERNEL(1024, 1) norm_##type##_2(const GRID_CONSTANT NormParams p) { rows::norm<type, 2, 1>(p); }                  \
+    KERNEL(1024, 1) norm_##type##_4(const GRID_CONSTANT NormParams p) { rows::norm<type, 4, 1>(p); }                  \
+    NORM(type, 1, 2) NORM(type, 1, 4) NORM(type, 1, 8) NORM(type, 2, 2) NORM(type, 2, 4) NORM(type, 2, 8)             \
     KERNEL(256, 4) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 8>(p); }                         \
     KERNEL(256, 6) qkv_whole_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 1>(p); }                    \
     KERNEL(256, 3) qkv_long_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 2, 8>(p); }                     \
@@ -247,3 +262,4 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 ROWS(bf16)
 ROWS(f16)
 #undef ROWS
+#undef NORM

@@ -15,6 +15,8 @@ Thread* self;
 int block_x, block_y;
 Grid grid;
 unsigned char* shared;
+unsigned char* cluster_shared;
+size_t shared_stride;
 std::vector<Late> late;
 
 std::vector<Warp> warps;
@@ -35,8 +37,13 @@ struct Fiber {
 std::vector<Fiber> fibers;
 std::vector<int> order;
 const std::function<void()>* body;
-int block_arrived;
-uint64_t block_generation;
+struct Block {
+    int x, y, arrived;
+    uint64_t generation;
+};
+std::vector<Block> cluster;
+int cluster_arrived;
+uint64_t cluster_generation;
 uint64_t progress;
 bool stopped, postponed;
 
@@ -111,7 +118,7 @@ void prepare(Fiber& f) {
 
 }  // namespace
 
-Warp& warp() { return warps[self->index / 32]; }
+Warp& warp() { return warps[(self->block * grid.threads + self->index) / 32]; }
 
 void yield() {
     leave(*current);
@@ -143,7 +150,22 @@ static void barrier(Counter& arrived, uint64_t& generation, int expected, Met me
     while (generation == mine) yield();
 }
 
-void sync_block() { barrier(block_arrived, block_generation, grid.threads, races::block_met); }
+void sync_block() {
+    Block& b = cluster[self->block];
+    barrier(b.arrived, b.generation, grid.threads, races::block_met);
+}
+
+void cluster_arrive() {
+    self->arrived = cluster_generation;
+    if (++cluster_arrived < (int)cluster.size() * grid.threads) return;
+    cluster_arrived = 0;
+    cluster_generation++;
+    progress++;
+    races::cluster_met();
+}
+void cluster_wait() {
+    while (cluster_generation == self->arrived) yield();
+}
 
 template <class Met> static void meet(Met met) {
     Warp& w = warp();
@@ -158,32 +180,36 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
     grid = g;
     stopped = false;
     body = &kernel;
-    fibers.resize(std::max<size_t>(fibers.size(), g.threads));
-    std::vector<int> blocks(g.x * g.y);
+    const int threads = g.cluster * g.threads;
+    if (g.cluster > 1 && (g.x % g.cluster || g.threads % 32)) return 5;
+    fibers.resize(std::max<size_t>(fibers.size(), threads));
+    std::vector<int> blocks(g.x * g.y / g.cluster);  // or clusters
     for (size_t i = 0; i < blocks.size(); i++) blocks[i] = (int)i;
     std::mt19937 random(g.seed);
     if (g.seed) std::shuffle(blocks.begin(), blocks.end(), random);
-    std::vector<unsigned char> memory(g.shared_bytes + 2048);
-    shared = (unsigned char*)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023);
+    shared_stride = (g.shared_bytes + 2047) & ~(size_t)1023;
+    std::vector<unsigned char> memory(g.cluster * shared_stride + 1024);
+    cluster_shared = (unsigned char*)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023);
     // Blocks that waited for others run again from their start; those that still wait then would for ever.
     const size_t all = blocks.size();
     for (size_t next = 0; next < blocks.size(); next++) {
         const int block = blocks[next];
         postponed = false;
-        block_x = block % g.x;
-        block_y = block / g.x;
+        cluster.clear();
+        for (int i = block * g.cluster; i < (block + 1) * g.cluster; i++) cluster.push_back({i % g.x, i / g.x, 0, 0});
         memset(memory.data(), 0xff, memory.size());  // NaN in every float type
-        warps.assign((g.threads + 31) / 32, Warp());
-        block_arrived = 0;
-        races::begin_block();
-        order.resize(g.threads);
-        for (int i = 0; i < g.threads; i++) {
+        warps.assign((threads + 31) / 32, Warp());
+        cluster_arrived = 0;
+        races::begin_cluster();
+        order.resize(threads);
+        for (int i = 0; i < threads; i++) {
             order[i] = i;
-            fibers[i].thread.index = i;
+            fibers[i].thread.index = i % g.threads;
+            fibers[i].thread.block = i / g.threads;
             prepare(fibers[i]);
         }
         if (g.seed) std::shuffle(order.begin(), order.end(), random);
-        int left = g.threads;
+        int left = threads;
         std::vector<int> asleep(warps.size(), 0);
         while (left) {
             uint64_t before = progress;
@@ -198,6 +224,9 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
                 if (f.done || asleep[i / 32]) continue;
                 current = &f;
                 self = &f.thread;
+                block_x = cluster[self->block].x;
+                block_y = cluster[self->block].y;
+                shared = cluster_shared + self->block * shared_stride;
                 enter(f);
                 self = nullptr;
                 if (stopped) return 0;
@@ -212,7 +241,10 @@ static int run_blocks(const Grid& g, const std::function<void()>& kernel) {
             blocks.push_back(block);
             continue;
         }
-        if (std::none_of(fibers.begin(), fibers.begin() + g.threads, [](const Fiber& f) { return f.thread.waited; })) return 3;
+        for (int b = 0; b < g.cluster; b++) {
+            const auto first = fibers.begin() + b * g.threads;
+            if (std::none_of(first, first + g.threads, [](const Fiber& f) { return f.thread.waited; })) return 3;
+        }
     }
     return 0;
 }

@@ -1,4 +1,4 @@
-// Runs a kernel on the CPU: blocks one after another, the threads of a block as fibers on one OS
+// Runs a kernel on the CPU: blocks, or clusters of them, one after another, their threads as fibers on one OS
 // thread, switched only where CUDA threads may wait for each other. The order in which fibers (and
 // blocks) run is a parameter: a kernel whose result depends on it lacks a barrier.
 // Speed does not matter; indices, masks, pages, merges and order do.
@@ -36,7 +36,8 @@ struct Warp {
 };
 
 struct Thread {
-    int index = 0;
+    int index = 0, block = 0;  // in its block, and that in its cluster
+    uint64_t arrived = 0;      // at which of the cluster's barriers
     bool waited = false;  // for the kernels before this one
     const unsigned char* stack = nullptr;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
@@ -46,6 +47,7 @@ struct Thread {
 
 struct Grid {
     int x = 1, y = 1, threads = 1;
+    int cluster = 1;  // blocks side by side, of whole warps if several
     size_t shared_bytes = 0;
     uint32_t seed = 0;  // 0: threads and blocks in order; else a shuffled order
 };
@@ -55,6 +57,8 @@ extern Thread* self;
 extern int block_x, block_y;
 extern Grid grid;
 extern unsigned char* shared;
+extern unsigned char* cluster_shared;  // the blocks' one after another, so far apart
+extern size_t shared_stride;
 
 constexpr size_t STACK = 256 * 1024;
 
@@ -68,6 +72,8 @@ void yield();
 [[noreturn]] void postpone();  // this block, which has written nothing, to when all others have run
 [[noreturn]] void stop();  // this thread and with it the launch
 void sync_block();
+void cluster_arrive();
+void cluster_wait();
 void sync_warp();
 void meet_warp();  // as a shuffle does: all lanes wait for each other, but memory is not ordered
 void wait_for_previous();

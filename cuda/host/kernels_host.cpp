@@ -5,9 +5,10 @@
 namespace {
 
 using Entry = void (*)(const void*);
-struct Named { const char* name; Entry entry; };
+struct Named { const char* name; Entry entry; int cluster; };
 
-#define ONE(name, Params) {#name, [](const void* p) { name(*(const Params*)p); }},
+#define CLUSTERS(size, name, Params) {#name, [](const void* p) { name(*(const Params*)p); }, size},
+#define ONE(name, Params) CLUSTERS(1, name, Params)
 #define BOTH(name, Params) ONE(name##_bf16, Params) ONE(name##_f16, Params)
 #define SIZES(name, Params)                                                                  \
     ONE(name##_bf16_64, Params) ONE(name##_bf16_80, Params) ONE(name##_bf16_96, Params)      \
@@ -20,6 +21,9 @@ struct Named { const char* name; Entry entry; };
     ONE(name##_bf16_1, Params) ONE(name##_bf16_2, Params) ONE(name##_bf16_4, Params)         \
     ONE(name##_bf16_8, Params) ONE(name##_f16_1, Params) ONE(name##_f16_2, Params)           \
     ONE(name##_f16_4, Params) ONE(name##_f16_8, Params)
+#define NORMS(size)                                                                          \
+    CLUSTERS(size, norm_bf16_1_##size, NormParams) CLUSTERS(size, norm_bf16_2_##size, NormParams) \
+    CLUSTERS(size, norm_f16_1_##size, NormParams) CLUSTERS(size, norm_f16_2_##size, NormParams)
 
 const Named kernels[] = {
     SIZES(attention_decode, DecodeParams)
@@ -46,6 +50,7 @@ const Named kernels[] = {
     BOTH(embed, EmbedParams)
     ONE(norm_bf16_1, NormParams) ONE(norm_bf16_2, NormParams) ONE(norm_bf16_4, NormParams)
     ONE(norm_f16_1, NormParams) ONE(norm_f16_2, NormParams) ONE(norm_f16_4, NormParams)
+    NORMS(2) NORMS(4) NORMS(8)
     BOTH(qkv, QkvParams) BOTH(qkv_whole, QkvParams) BOTH(qkv_long, QkvParams)
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
@@ -77,6 +82,7 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
         grid.x = (int)x;
         grid.y = (int)y;
         grid.threads = (int)threads;
+        grid.cluster = k.cluster;
         grid.shared_bytes = shared_bytes;
         grid.seed = seed;
         return host::run(grid, [&] { k.entry(params); });

@@ -13,6 +13,7 @@ const bool races::instrumented = false;
 #endif
 
 #define KERNEL(threads, blocks) extern "C" void
+#define CLUSTER_KERNEL(threads, blocks, size) extern "C" void
 #define GRID_CONSTANT
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
@@ -41,6 +42,11 @@ DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); 
 DEVICE void load_constant(const void* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
+DEVICE void cluster_arrive() { host::cluster_arrive(); }
+DEVICE void cluster_wait() { host::cluster_wait(); }
+template <class T> void store_in_cluster(T* at, uint32_t block, T v) {
+    *(T*)(host::cluster_shared + block * host::shared_stride + ((unsigned char*)at - host::shared)) = v;
+}
 DEVICE void sync_warp() { host::sync_warp(); }
 DEVICE void meet_warp() { host::meet_warp(); }
 DEVICE void fence_device() { host::fence(); }

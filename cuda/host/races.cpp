@@ -105,7 +105,7 @@ struct Word {  // that atomics touch
 constexpr uint32_t UNIT = 2;  // bytes
 constexpr uintptr_t PAGE = 4096;
 struct Unit {
-    uint32_t block = 0;  // shared memory: which one, in their order; another block's content is void
+    uint32_t cluster = 0;  // shared memory: whose, in their order; another one's content is void
     bool atomics = false;  // whether there is a Word
     Access write;
     Accesses reads;
@@ -114,24 +114,30 @@ struct Unit {
 struct Load { uint32_t warp, seen; };
 
 bool watching;
-uint32_t blocks_begun, block_meets;
-std::vector<uint32_t> warp_meets;
+uint32_t clusters_begun;
+// Of the running cluster.
+std::vector<uint32_t> block_meets, warp_meets;
 std::vector<Thread> threads;
 std::unordered_map<uintptr_t, std::vector<Unit>> pages;
 uintptr_t page_number;
 Unit* page_units;  // of that page, or null
-std::unordered_map<uintptr_t, Word> words;  // by unit; those in shared memory end with the block
+std::unordered_map<uintptr_t, Word> words;  // by unit; those in shared memory end with the cluster
 std::vector<Load> loads;
 std::string message;  // of the first race: a launch stops there
 uintptr_t image, image_end;  // this library in memory
 
-bool in_shared(uintptr_t at) { return at - (uintptr_t)host::shared < host::grid.shared_bytes; }
+bool in_shared(uintptr_t at) {
+    const uintptr_t from = at - (uintptr_t)host::cluster_shared;
+    return from < host::grid.cluster * host::shared_stride && from % host::shared_stride < host::grid.shared_bytes;
+}
 
+// The running thread's place in its cluster.
+uint32_t place_in_cluster() { return host::self->block * host::grid.threads + host::self->index; }
 uint32_t thread_id() { return (host::block_y * host::grid.x + host::block_x) * MOST_THREADS + host::self->index; }
 
 Access here(const void* from, uint32_t load) {
-    const uint32_t i = host::self->index;
-    return {thread_id(), block_meets, warp_meets[i / 32], threads[i].fences, load, (uint32_t)((uintptr_t)from - image)};
+    const uint32_t i = place_in_cluster();
+    return {thread_id(), block_meets[host::self->block], warp_meets[i / 32], threads[i].fences, load, (uint32_t)((uintptr_t)from - image)};
 }
 
 bool ordered(const Access& before, const Access& a) {
@@ -144,7 +150,7 @@ bool ordered(const Access& before, const Access& a) {
             if (load.warp == a.warp() && load.seen >> a.thread % 32 & 1) return true;
         }
     }
-    const Known& known = threads[host::self->index].known;
+    const Known& known = threads[place_in_cluster()].known;
     return known && known->has(before);
 }
 
@@ -159,7 +165,7 @@ std::string place(const Access& a) {
 }
 std::string place(uintptr_t at) {
     char text[48];
-    if (in_shared(at)) snprintf(text, sizeof text, "shared memory + %zu", (size_t)(at - (uintptr_t)host::shared));
+    if (in_shared(at)) snprintf(text, sizeof text, "shared memory + %zu", (size_t)(at - (uintptr_t)host::cluster_shared) % host::shared_stride);
     else snprintf(text, sizeof text, "global memory %#zx", (size_t)at);
     return text;
 }
@@ -178,8 +184,8 @@ Unit& unit_of(uintptr_t at) {
         page_units = units.data();
     }
     Unit& unit = page_units[at % PAGE / UNIT];
-    const uint32_t block = in_shared(at) ? blocks_begun : 0;
-    if (unit.block != block) unit = Unit{block, false, {}, {}};
+    const uint32_t cluster = in_shared(at) ? clusters_begun : 0;
+    if (unit.cluster != cluster) unit = Unit{cluster, false, {}, {}};
     return unit;
 }
 
@@ -212,7 +218,7 @@ void begin_launch() {
             image_end = end;
             return 1;
         }, nullptr);
-    blocks_begun = 0;
+    clusters_begun = 0;
     words.clear();
     pages.clear();
     page_units = nullptr;
@@ -221,12 +227,12 @@ void begin_launch() {
 }
 void end_launch() { watching = false; }
 
-void begin_block() {
+void begin_cluster() {
     if (!watching) return;
-    blocks_begun++;
-    block_meets = 0;
+    clusters_begun++;
+    block_meets.assign(host::grid.cluster, 0);
     warp_meets.assign(host::warps.size(), 0);
-    threads.assign(host::grid.threads, Thread{});
+    threads.assign(host::grid.cluster * host::grid.threads, Thread{});
     std::erase_if(words, [](const auto& w) { return in_shared(w.first * UNIT); });
 }
 
@@ -242,14 +248,23 @@ static void share(size_t first, size_t end) {
         threads[i].observed = observed;
     }
 }
+void cluster_met() {
+    if (!watching) return;
+    auto met = std::make_shared<Knowledge>();
+    const uint32_t own = thread_id() / MOST_THREADS - host::self->block;  // the cluster's first block
+    for (uint32_t b = 0; b < block_meets.size(); b++) raise(met->blocks, own + b, ++block_meets[b]);
+    share(0, threads.size());
+    for (Thread& t : threads) t.known = join(t.known, met);
+}
 void block_met() {
     if (!watching) return;
-    block_meets++;
-    share(0, threads.size());
+    block_meets[host::self->block]++;
+    const size_t first = host::self->block * host::grid.threads;
+    share(first, first + host::grid.threads);
 }
 void warp_met() {
     if (!watching) return;
-    const size_t warp = host::self->index / 32;
+    const size_t warp = place_in_cluster() / 32;
     warp_meets[warp]++;
     share(32 * warp, std::min(threads.size(), 32 * warp + 32));
 }
@@ -287,7 +302,7 @@ void atomic(const void* p, size_t bytes, const void* from) {
     const uintptr_t at = (uintptr_t)p;
     const Access a = here(from, 0);
     check_waited(at, bytes, ATOMIC, a);
-    Thread& me = threads[host::self->index];
+    Thread& me = threads[place_in_cluster()];
     for (uintptr_t u = at; u < at + bytes; u += UNIT) {
         Unit& unit = unit_of(u);
         check(u, ATOMIC, a, WRITE, unit.write);
@@ -302,12 +317,12 @@ void atomic(const void* p, size_t bytes, const void* from) {
 
 void fence() {
     if (!watching) return;
-    Thread& me = threads[host::self->index];
+    Thread& me = threads[place_in_cluster()];
     me.known = join(me.known, me.observed);
     auto mine = std::make_shared<Knowledge>(me.known ? *me.known : Knowledge{});
     const uint32_t thread = thread_id();
-    raise(mine->blocks, thread / MOST_THREADS, block_meets);
-    raise(mine->warps, thread / 32, warp_meets[host::self->index / 32]);
+    raise(mine->blocks, thread / MOST_THREADS, block_meets[host::self->block]);
+    raise(mine->warps, thread / 32, warp_meets[place_in_cluster() / 32]);
     raise(mine->threads, thread, ++me.fences);
     me.published = mine;
 }

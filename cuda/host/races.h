@@ -5,7 +5,7 @@
 //
 // Two accesses to the same bytes, one of them a plain write, or one atomic and the other not, race unless
 // ordered by
-//   sync_block() between two threads of a block, sync_warp() between two of a warp (shuffles, votes and mma
+//   sync_block() between two threads of a block, cluster_arrive() and cluster_wait() between two of a cluster, sync_warp() between two of a warp (shuffles, votes and mma
 //   order nothing, as on a GPU);
 //   fence_device() and an atomic by the one thread; a later atomic on the same word and fence_device() by the
 //   other. What a thread learnt so it passes on at barriers and fences;
@@ -14,7 +14,7 @@
 // Blocks run one after another, yet are concurrent. Between kernels: a thread that has not waited for the
 // kernels before may write nothing but shared memory, and touch nothing that they still write (`late`).
 // Not seen: races between bytes of one 16-bit unit; a read or an atomic of a block before the last one that
-// touched the same unit.
+// touched the same unit; one between a thread's cluster_arrive() and cluster_wait().
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -28,8 +28,9 @@ bool on();
 
 void begin_launch();
 void end_launch();
-void begin_block();  // of host::grid, in host::shared
-// All threads of the block, or of the running thread's warp, have met.
+void begin_cluster();  // of host::grid, in host::cluster_shared
+// All threads of the cluster, of the running thread's block, or of its warp, have met.
+void cluster_met();
 void block_met();
 void warp_met();
 

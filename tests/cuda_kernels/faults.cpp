@@ -1,5 +1,5 @@
 // A kernel with faults that a GPU shows seldom or never, for the race detector to find: blocks of 64
-// threads pass numbers on in every way there is, and the block that arrives last adds up what each one left.
+// threads, all in one cluster, pass numbers on in every way there is, and the block that arrives last adds up what each one left.
 #include "../../cuda/common.cuh"
 
 enum Fault : uint32_t {
@@ -17,6 +17,7 @@ enum Fault : uint32_t {
     EARLY_STORE,          // before the kernels before are waited for
     EARLY_LOAD,           // of what they write
     ONE_TOO_MANY,         // blocks that are waited for
+    NO_CLUSTER_WAIT,      // between a store to another block's shared memory and a load there
 };
 
 struct FaultParams {
@@ -32,6 +33,7 @@ static void faulty(const FaultParams& p) {
     uint32_t* tiles = copied + 64;                      // [2][32]
     uint32_t* count = tiles + 64;                       // [4]
     TileBarrier* barriers = (TileBarrier*)(count + 4);  // [2]
+    uint64_t* passed = (uint64_t*)(barriers + 2);
     const uint32_t i = thread_index(), lane = lane_index(), blocks = grid_x();
     uint32_t *sum = p.out + blocks, *counter = sum + 1, *word = sum + 2;
     const uint32_t* in = p.in + 64 * block_x();
@@ -40,6 +42,13 @@ static void faulty(const FaultParams& p) {
     begin_kernel();
     // The last block, which has written nothing, waits for the others.
     if (p.fault == ONE_TOO_MANY && block_x() == grid_x() - 1 && i == 0) wait_for_count(counter, blocks);
+
+    cluster_arrive();
+    cluster_wait();
+    if (i == 0) store_in_cluster(passed, (block_x() + 1) % blocks, (uint64_t)block_x());
+    cluster_arrive();
+    if (p.fault != NO_CLUSTER_WAIT) cluster_wait();
+    total += (uint32_t)*passed;
 
     values[i] = in[i];
     if (i == 0) count[0] = 0;
@@ -86,6 +95,6 @@ static void faulty(const FaultParams& p) {
 
 extern "C" int polar_host_launch(const char*, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
                                  uint32_t seed, const void* params) {
-    return host::run({(int)x, (int)y, (int)threads, shared_bytes, seed}, [&] { faulty(*(const FaultParams*)params); });
+    return host::run({(int)x, (int)y, (int)threads, (int)x, shared_bytes, seed}, [&] { faulty(*(const FaultParams*)params); });
 }
 extern "C" int polar_host_sizes(uint32_t*) { return 0; }

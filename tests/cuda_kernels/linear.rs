@@ -28,7 +28,7 @@ struct Case {
 const PLAIN: Case = Case { dtype: DType::BF16, layout: Layout::Rows, rows: 0, n: 0, k: 0, stored: None };
 
 /// By the kernels of every GPU, and by those of compute capability 9.0.
-fn ways(bench: &Bench) -> impl Iterator<Item = bool> {
+pub fn ways(bench: &Bench) -> impl Iterator<Item = bool> {
     let newest = bench.device.warpgroups();
     [false, true].into_iter().filter(move |wide| !wide || newest)
 }

@@ -86,6 +86,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("an early store", "before it has waited"),
     ("an early load", "before it has waited"),
     ("a block too many is waited for", "wait for ever"),
+    ("no cluster_wait", "shared memory"),
 ];
 
 #[test]

@@ -1,6 +1,7 @@
 //! Embedding, norms, QKV post-processing, activations, argmax, loading: against f64.
 
 use crate::bench::{self, Bench, Rng, close};
+use crate::linear::ways;
 use crate::orders;
 use crate::selection::{HEAD_ROWS, Heads};
 use polar_sparsity::backend::cuda::launch::{Kernels, Launch};
@@ -66,22 +67,31 @@ pub fn norms_add_the_pending_sum_first() {
     for (layer_norm, splits, mapped) in
         [(true, 3, false), (false, 1, false), (false, 0, false), (true, 2, true)]
     {
-        orders(|bench| norm(bench, (5, 136), layer_norm, splits, mapped));
+        for size in [(5, 136), (6, 1032), (6, 520)] {
+            orders(|bench| norm(bench, size, layer_norm, splits, mapped));
+        }
     }
-    // Two and four times four columns a thread, the last ones in part; blocks of half as many threads.
-    for size in [(2, 4104), (1, 8200), (6, 2048 + 264)] {
+    // Two and four times four columns a thread, the last ones in part; blocks of half as many threads, or without any
+    // columns; two, four, eight blocks for a row.
+    for size in [(2, 4104), (1, 8200), (6, 2048 + 264), (17, 1544), (33, 520), (17, 4104), (33, 4104)] {
         for layer_norm in [false, true] {
             norm(&Bench::new(3), size, layer_norm, 9, false);
         }
     }
 }
 
-fn norm(
+/// By the kernels of every GPU, and in clusters of blocks.
+fn norm(bench: &Bench, size: (usize, usize), layer_norm: bool, splits: usize, mapped: bool) -> Vec<u8> {
+    ways(bench).flat_map(|clusters| norm_by(bench, size, layer_norm, splits, mapped, clusters)).collect()
+}
+
+fn norm_by(
     bench: &Bench,
     (rows, hidden): (usize, usize),
     layer_norm: bool,
     splits: usize,
     mapped: bool,
+    clusters: bool,
 ) -> Vec<u8> {
     let mut rng = Rng(9);
     let eps = 1e-5;
@@ -111,7 +121,7 @@ fn norm(
     let mut delta = parts(bench, &mut rng, &delta, splits.max(1), hidden);
     delta.splits = splits as u32;
     bench.start(
-        &kernels(64, 1).norm(map.len() as u32, hidden as u32),
+        &kernels(64, 1).with_warpgroups(clusters).norm(map.len() as u32, hidden as u32),
         &NormParams {
             residual: stream,
             delta,

@@ -52,6 +52,8 @@ macro_rules! names {
             "attention_prefill_small_bf16_96", "attention_prefill_small_bf16_128",
             "attention_prefill_small_f16_64", "attention_prefill_small_f16_80",
             "attention_prefill_small_f16_96", "attention_prefill_small_f16_128",
+            "norm_bf16_1_2", "norm_bf16_1_4", "norm_bf16_1_8", "norm_bf16_2_2", "norm_bf16_2_4", "norm_bf16_2_8",
+            "norm_f16_1_2", "norm_f16_1_4", "norm_f16_1_8", "norm_f16_2_2", "norm_f16_2_4", "norm_f16_2_8",
             "norm_bf16_1", "norm_bf16_2", "norm_bf16_4", "norm_f16_1", "norm_f16_2", "norm_f16_4",
             "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
             "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
@@ -133,8 +135,8 @@ impl Default for Tuning {
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
     embed: Id,
-    /// By columns of a thread: 4, 8, 16.
-    norm: [Id; 3],
+    /// By columns of a thread, 4, 8, 16, and blocks of a row, 1, 2, 4, 8; of 16 columns one.
+    norm: [[Id; 4]; 3],
     /// For sums in several parts, in one.
     qkv: [Id; 2],
     activate: Id,
@@ -166,7 +168,7 @@ pub struct Kernels {
     down: [Id; 3],
     /// Matrices stored `[n, k]`, and `[k, n]`.
     pub(super) wide: [[Id; 4]; 2],
-    /// Whether the GPU has those.
+    /// Whether the GPU has those, and clusters of blocks.
     pub(super) warpgroups: bool,
     mlp_down: Id,
     /// Choices that a measurement decides.
@@ -217,6 +219,10 @@ impl Kernels {
             let one = |size| by_name(&format!("{base}_{t}_{size}"));
             Ok([one(1)?, one(2)?, one(4)?])
         };
+        let norms = |chunks: u32| -> Result<[Id; 4]> {
+            let one = |blocks: &str| by_name(&format!("norm_{t}_{chunks}{blocks}"));
+            Ok([one("")?, one("_2")?, one("_4")?, one("_8")?])
+        };
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
         let large = large_fits(head_dim, group, (decode_blocks, stages), shared_per_block)
             .then(|| sized("attention_decode_large"));
@@ -228,7 +234,7 @@ impl Kernels {
         };
         Ok(Kernels {
             embed: each("embed")?,
-            norm: by_size("norm")?,
+            norm: [norms(1)?, norms(2)?, [by_name(&format!("norm_{t}_4"))?; 4]],
             qkv: if head_dim > 128 { [each("qkv_long")?; 2] } else { [each("qkv")?, each("qkv_whole")?] },
             activate: each("activate")?,
             activated: each("linear_activated")?,
@@ -280,15 +286,26 @@ impl Kernels {
 
     /// Norms of `rows` rows of up to [`MOST_HIDDEN`] columns.
     pub fn norm(&self, rows: u32, hidden: u32) -> Launch {
+        // Of few rows blocks for each multiprocessor, of at least four warps.
+        let most = match rows {
+            _ if !self.warpgroups || hidden > MOST_HIDDEN / 2 => 1,
+            0..=16 => 8,
+            17..=32 => 4,
+            33..=64 => 2,
+            _ => 1,
+        };
+        let cluster = most.min(hidden.div_ceil(4 * 128).next_power_of_two());
         // A block of 1024 threads fills a multiprocessor's registers.
-        let most = if rows > self.multiprocessors && hidden <= MOST_HIDDEN / 2 { 512 } else { 1024 };
-        let threads = hidden.div_ceil(4).next_multiple_of(32).min(most);
-        let kernel = self.norm[match hidden.div_ceil(4 * threads) {
+        let half = cluster == 1 && rows > self.multiprocessors && hidden <= MOST_HIDDEN / 2;
+        let most = if half { 512 } else { 1024 };
+        let threads = hidden.div_ceil(4 * cluster).next_multiple_of(32).min(most / cluster);
+        let chunks = hidden.div_ceil(4 * threads * cluster);
+        let kernel = self.norm[match chunks {
             1 => 0,
             2 => 1,
             _ => 2,
-        }];
-        Launch { kernel, grid: (rows, 1), threads, shared: 32 * 8 }
+        }][cluster.ilog2() as usize];
+        Launch { kernel, grid: (rows * cluster, 1), threads, shared: 32 * 8 }
     }
 
     /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v) from sums in `parts`; `router`: rows of the
