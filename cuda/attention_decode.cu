@@ -14,6 +14,9 @@
 // runs ahead across pieces. The ring is short: loads beyond what the latency needs would only queue in the memory
 // system, and whoever is first in that queue at the start ends microseconds before whoever is last. A piece that one worker covers is written directly; else the parts go to
 // `parts` and the worker that arrives last adds them in worker order, so results do not depend on timing.
+//
+// With few pieces a worker is a cluster of blocks, which share its one piece as the warps of a block do and add up in
+// the first one's shared memory: that takes a microsecond where parts in global memory take five.
 #include "page_math.cuh"
 #include "router_bytes.cuh"
 #include "neuron_select.cuh"
@@ -91,17 +94,24 @@ struct Share {
 
 DEVICE Floats4 divided(const Floats4& x, float by) { return {{x.v[0] / by, x.v[1] / by, x.v[2] / by, x.v[3] / by}}; }
 
-// One warp's loads: pages first + warp, first + warp + WARPS, … of each segment, in order.
-template <int WARPS> struct Loads {
+// Warps that take the pages of a piece in turn, and which one this is of them: a block's, or a cluster's.
+template <int WARPS, bool CLUSTER> DEVICE uint32_t warps() { return CLUSTER ? WARPS * cluster_blocks() : WARPS; }
+template <int WARPS, bool CLUSTER> DEVICE uint32_t turn() {
+    return CLUSTER ? WARPS * cluster_block() + warp_index() : warp_index();
+}
+
+// One warp's loads: pages first + turn, first + turn + warps, … of each segment, in order.
+template <int WARPS, bool CLUSTER> struct Loads {
     Walk walk;
     Segment segment;
+    const uint32_t turn = decode::turn<WARPS, CLUSTER>(), apart = warps<WARPS, CLUSTER>();
     uint32_t page, issued, stage, head, ids, ids_from;
     bool more;
 
     DEVICE_MEMBER void open(const DecodeParams& p) {
         do more = walk.next(p, segment);
-        while (more && segment.first + warp_index() >= segment.end);
-        page = segment.first + warp_index();
+        while (more && segment.first + turn >= segment.end);
+        page = segment.first + turn;
         head = NONE;
         if (more) find_ids(p);
     }
@@ -109,7 +119,7 @@ template <int WARPS> struct Loads {
     // Page numbers come 32 at a time, one per lane.
     DEVICE_MEMBER void find_ids(const DecodeParams& p) {
         ids_from = page;
-        const uint32_t mine = page + WARPS * lane_index();
+        const uint32_t mine = page + apart * lane_index();
         ids = mine < segment.length ? p.pages[walk.first_page + mine] : 0;
     }
 
@@ -118,15 +128,15 @@ template <int WARPS> struct Loads {
 
     template <int HD> DEVICE_MEMBER void issue(const DecodeParams& p, unsigned char* ring, TileBarrier* barriers) {
         if (!more) return;
-        if (page >= ids_from + 32 * WARPS) find_ids(p);
+        if (page >= ids_from + 32 * apart) find_ids(p);
         if (head == NONE) head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
-        const uint32_t id = shuffle(ids, (page - ids_from) / WARPS);
+        const uint32_t id = shuffle(ids, (page - ids_from) / apart);
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
         const char* from = (const char*)p.kv + id * p.page_stride + head * p.head_stride;
         tile_load(ring + stage * WARPS * BYTES, from, BYTES, barriers + stage);
         issued++;
         stage = stage + 1 == p.stages ? 0 : stage + 1;
-        page += WARPS;
+        page += apart;
         if (page >= segment.end) open(p);
     }
 };
@@ -193,7 +203,7 @@ template <int WARPS> struct Scoring<WARPS, false> {
     DEVICE_MEMBER void finish() {}
 };
 
-template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(const DecodeParams& p) {
+template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVICE void run(const DecodeParams& p) {
     using Math = PageMath<T, HD, TALL>;
     constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
     constexpr int MERGE = HD > 128 ? 2 : TALL || SCORED ? 8 : 12;  // parts that are loaded at once, by registers
@@ -211,13 +221,15 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
     const uint32_t line = p.prefix[p.sequences];
     uint32_t workers = p.prefix[p.sequences + 1];
     const uint32_t least = p.prefix[p.sequences + 2];
-    workers = workers > scoring.blocks() ? scoring.blocks() : workers;
-    const uint32_t worker = block_x();
+    const uint32_t blocks = CLUSTER ? cluster_blocks() : 1, most = scoring.blocks() / blocks;
+    workers = workers > most ? most : workers;
+    const uint32_t worker = block_x() / blocks;
     const bool idle = line == 0 || worker >= workers;
     if (idle && !SCORED) {
         wait_for_previous();
         return;
     }
+    if (CLUSTER) cluster_arrive();
 
     // Shared memory: pages [stage][warp], merge buffers, barriers.
     unsigned char* ring = shared + warp * BYTES;
@@ -231,6 +243,9 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
     float* sums = maxima + WARPS * 16;                            // [warp][16]
     uint32_t* flag = (uint32_t*)(sums + WARPS * 16);
     TileBarrier* barriers = (TileBarrier*)(flag + 4) + warp * p.stages;  // only this warp uses its own
+    const uint32_t values = group * HD;
+    float* shares = (float*)((TileBarrier*)(flag + 4) + WARPS * p.stages);  // a cluster's: [block][group][HD]
+    Floats2* states = (Floats2*)(shares + blocks * values);                 // [block][group] maximum, sum
     if (lane == 0)
         for (uint32_t s = 0; s < p.stages; s++) tile_init(barriers + s);
     sync_warp();
@@ -248,7 +263,7 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
     }
     walk.least = least;
     walk.enter(p, low);
-    Loads<WARPS> loads;
+    Loads<WARPS, CLUSTER> loads;
     loads.walk = walk;
     loads.issued = loads.stage = 0;
     loads.open(p);
@@ -287,7 +302,7 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
         float o[Math::TILES][4];
         UNROLL for (int i = 0; i < Math::TILES; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
 
-        for (uint32_t page = segment.first + warp; page < segment.end; page += WARPS) {
+        for (uint32_t page = segment.first + loads.turn; page < segment.end; page += loads.apart) {
             tile_wait(barriers + stage, parity);
             loads.template issue<HD>(p, ring, barriers);
             const T* k = (const T*)(ring + stage * WARPS * BYTES);
@@ -348,7 +363,7 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
         uint32_t* counter = p.counters + segment.b * p.kv_heads + segment.slot;
         more = open();  // the next query is on its way while this segment is merged
         sync_block();
-        const uint32_t values = group * HD, stride = group * (HD + 4);
+        const uint32_t stride = group * (HD + 4);
         // A part is slot 1 of the worker that opens the piece, slot 0 of the others.
         auto part_of = [&](uint32_t j) { return p.parts + (uint64_t)(2 * (first_worker + j) + (j == 0)) * stride; };
         auto finish = [&](uint32_t i, const Share& s) {
@@ -367,6 +382,25 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
                 deliver(i, s);
             }
         };
+        if (CLUSTER) {
+            cluster_wait();  // for all to have begun
+            add_up(WARPS, [&](uint32_t i, const Share& s) {
+                store_in_cluster((Floats4*)(shares + cluster_block() * values + i), 0, s.x);
+                if (i % HD == 0) store_in_cluster(states + cluster_block() * group + i / HD, 0, Floats2{{s.max, s.sum}});
+            });
+            cluster_arrive();
+            cluster_wait();
+            if (cluster_block() > 0) return;
+            for (uint32_t i = 4 * thread_index(); i < values; i += 4 * block_threads()) {
+                const Floats2* state = states + i / HD;
+                Share s;
+                for (uint32_t b = 0; b < blocks; b++) s.max = fmaxf(s.max, state[b * group].v[0]);
+                for (uint32_t b = 0; b < blocks; b++)
+                    s.add(state[b * group].v[0], state[b * group].v[1], *(const Floats4*)(shares + b * values + i));
+                finish(i, s);
+            }
+            return;
+        }
         if (others == 0) {
             add_up(WARPS, finish);
         } else {
@@ -431,23 +465,24 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED> DEVICE void run(co
 
 // Groups up to 8 fill half of the 16-row side; larger ones fill it (`tall`). Blocks of eight warps (`large`) have a
 // multiprocessor to themselves.
-#define DECODE(name, type, hd, tall, warps, blocks, scored)                                             \
+#define DECODE(name, type, hd, tall, warps, blocks, scored, cluster)                                    \
     KERNEL(32 * warps, blocks) attention_decode_##name##type##_##hd(const GRID_CONSTANT DecodeParams p) { \
-        decode::run<type, hd, tall, warps, scored>(p);                                                  \
+        decode::run<type, hd, tall, warps, scored, cluster>(p);                                         \
     }
-#define DECODE_SIZE(type, hd)                          \
-    DECODE(, type, hd, false, 4, 2, false)             \
-    DECODE(large_, type, hd, false, 8, 1, false)       \
-    DECODE(tall_, type, hd, true, 4, 2, false)
-#define DECODE_SCORED(type, hd)                        \
-    DECODE(scored_, type, hd, false, 4, 2, true)       \
-    DECODE(scored_large_, type, hd, false, 8, 1, true)
+#define DECODE_SIZE(type, hd)                           \
+    DECODE(, type, hd, false, 4, 2, false, false)       \
+    DECODE(large_, type, hd, false, 8, 1, false, false) \
+    DECODE(tall_, type, hd, true, 4, 2, false, false)   \
+    DECODE(cluster_, type, hd, false, 4, 2, false, true)
+#define DECODE_SCORED(type, hd)                         \
+    DECODE(scored_, type, hd, false, 4, 2, true, false) \
+    DECODE(scored_large_, type, hd, false, 8, 1, true, false)
 #define DECODE_TYPE(type)     \
     DECODE_SIZE(type, 64)     \
     DECODE_SIZE(type, 80)     \
     DECODE_SIZE(type, 96)     \
     DECODE_SIZE(type, 128)    \
-    DECODE(, type, 256, false, 4, 1, false) \
+    DECODE(, type, 256, false, 4, 1, false, false) \
     DECODE_SCORED(type, 64)   \
     DECODE_SCORED(type, 128)
 DECODE_TYPE(bf16)

@@ -20,13 +20,6 @@
 #else
 #define ROOMY_BLOCKS 2
 #endif
-// The same in clusters of so many blocks side by side, from compute capability 9.0 on.
-#if __CUDA_ARCH__ >= 900
-#define CLUSTER_KERNEL(threads, blocks, size) \
-    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, blocks)
-#else
-#define CLUSTER_KERNEL(threads, blocks, size) KERNEL(threads, blocks)
-#endif
 #define GRID_CONSTANT __grid_constant__
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
@@ -96,24 +89,37 @@ DEVICE uint32_t load_relaxed(const uint32_t* p) {
     return v;
 }
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-// For the blocks of a cluster, which run at the same time: all threads of all blocks arrive, and wait for each other. What
-// a thread wrote before it arrived, the others see once they have waited.
+// Blocks of a cluster run at the same time; from compute capability 9.0 on a launch may ask for clusters of several
+// (`Launch::cluster`). All threads of all its blocks arrive, and wait for each other: what a thread wrote before it arrived,
+// the others see once they have waited. A store to where `at` is in another block's shared memory is between two such
+// barriers, of which the first says that the block has begun, and the second that it has not ended.
 #if __CUDA_ARCH__ >= 900
+DEVICE uint32_t cluster_blocks() {
+    uint32_t v;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(v));
+    return v;
+}
+DEVICE uint32_t cluster_block() {
+    uint32_t v;
+    asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(v));
+    return v;
+}
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-// To where `at` is in another block's shared memory. That block must have begun (a barrier of the cluster) and not end
-// before the store is done (another one).
 template <class T> DEVICE void store_in_cluster(T* at, uint32_t block, T v) {
-    static_assert(sizeof(T) == 8, "");
-    uint32_t to, w[2];
-    memcpy(w, &v, 8);
+    static_assert(sizeof(T) % 8 == 0, "");
+    uint32_t to, w[sizeof(T) / 4];
+    memcpy(w, &v, sizeof(T));
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(at)), "r"(block));
-    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" :: "r"(to), "r"(w[0]), "r"(w[1]) : "memory");
+    UNROLL for (uint32_t i = 0; i < sizeof(T) / 4; i += 2)
+        asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" :: "r"(to + 4 * i), "r"(w[i]), "r"(w[i + 1]) : "memory");
 }
-#else  // no such kernel is launched there
+#else
+DEVICE uint32_t cluster_blocks() { return 1; }
+DEVICE uint32_t cluster_block() { return 0; }
 DEVICE void cluster_arrive() {}
 DEVICE void cluster_wait() {}
-template <class T> DEVICE void store_in_cluster(T*, uint32_t, T) {}
+template <class T> DEVICE void store_in_cluster(T* at, uint32_t, T v) { *at = v; }
 #endif
 // Until other blocks have counted so far, behind a fence; what they wrote ahead of theirs is seen from here on. The blocks
 // must be running or done, and this one must not have written anything that others see.

@@ -25,12 +25,13 @@ template <class T> DEVICE void embed(const EmbedParams& p) {
 // one's weights, of which a multiprocessor brings as many as this leaves room for, and its instructions come from far away:
 // it is short, a few rows are many blocks' work, and its warps meet once. Each warp leaves its columns' sum and their
 // squares' around its own mean to all blocks, and all of them put these together.
-template <class T, int CHUNKS, int CLUSTER> DEVICE void norm(const NormParams& p) {
-    if (CLUSTER > 1) cluster_arrive();
+template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
+    const uint32_t blocks = cluster_blocks(), block = cluster_block();
+    if (blocks > 1) cluster_arrive();
     if (!p.late) let_next_start();
     SHARED_BYTES(shared);
     Floats2* of_warps = (Floats2*)shared;  // [32] sum, squares
-    const uint32_t block = block_x() % CLUSTER, out_row = block_x() / CLUSTER, threads = CLUSTER * block_threads();
+    const uint32_t out_row = block_x() / blocks, threads = blocks * block_threads();
     const uint32_t thread = block * block_threads() + thread_index(), lane = lane_index(), warp = thread / 32, step = 4 * threads;
     constexpr bool HELD = CHUNKS <= 2;  // whether there are registers for weight and bias, too
     Words2 constants[CHUNKS][3];        // those two and delta_bias: four elements each
@@ -81,9 +82,9 @@ template <class T, int CHUNKS, int CLUSTER> DEVICE void norm(const NormParams& p
         UNROLL for (int j = 0; j < 4; j++) square += (v[c].v[j] - mean) * (v[c].v[j] - mean);
     }
     square = warp_sum(square);
-    if (CLUSTER > 1) {
+    if (blocks > 1) {
         cluster_wait();  // for all to have begun
-        if (lane < CLUSTER) store_in_cluster(of_warps + warp, lane, Floats2{{sum, square}});
+        if (lane < blocks) store_in_cluster(of_warps + warp, lane, Floats2{{sum, square}});
         cluster_arrive();
         cluster_wait();
     } else {
@@ -245,16 +246,11 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 
 }  // namespace rows
 
-#define NORM(type, chunks, cluster)                                                                                    \
-    CLUSTER_KERNEL(1024 / cluster, 1, cluster) norm_##type##_##chunks##_##cluster(const GRID_CONSTANT NormParams p) { \
-        rows::norm<type, chunks, cluster>(p);                                                                         \
-    }
 #define ROWS(type)                                                                                    \
     KERNEL(256, 1) embed_##type(const GRID_CONSTANT EmbedParams p) { begin_kernel(); rows::embed<type>(p); }          \
-    KERNEL(1024, 1) norm_##type##_1(const GRID_CONSTANT NormParams p) { rows::norm<type, 1, 1>(p); }                  \
-    KERNEL(1024, 1) norm_##type##_2(const GRID_CONSTANT NormParams p) { rows::norm<type, 2, 1>(p); }                  \
-    KERNEL(1024, 1) norm_##type##_4(const GRID_CONSTANT NormParams p) { rows::norm<type, 4, 1>(p); }                  \
-    NORM(type, 1, 2) NORM(type, 1, 4) NORM(type, 1, 8) NORM(type, 2, 2) NORM(type, 2, 4) NORM(type, 2, 8)             \
+    KERNEL(1024, 1) norm_##type##_1(const GRID_CONSTANT NormParams p) { rows::norm<type, 1>(p); }                     \
+    KERNEL(1024, 1) norm_##type##_2(const GRID_CONSTANT NormParams p) { rows::norm<type, 2>(p); }                     \
+    KERNEL(1024, 1) norm_##type##_4(const GRID_CONSTANT NormParams p) { rows::norm<type, 4>(p); }                     \
     KERNEL(256, 4) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 8>(p); }                         \
     KERNEL(256, 6) qkv_whole_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 1>(p); }                    \
     KERNEL(256, 3) qkv_long_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 2, 8>(p); }                     \
@@ -262,4 +258,3 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
 ROWS(bf16)
 ROWS(f16)
 #undef ROWS
-#undef NORM

@@ -13,6 +13,7 @@ mod rig;
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
 use polar_sparsity::backend::cuda::launch::{Kernels, Tuning};
+use polar_sparsity::backend::cuda::line::{Beside, Worker};
 use polar_sparsity::backend::{Backend, Limits};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
@@ -328,7 +329,7 @@ fn sparse_attention_of_many_sequences() {
     }
 }
 
-/// Pieces of about one length have a large worker each, or, where those are not wanted, small ones.
+/// Decode attention by each kind of worker.
 #[test]
 fn attention_of_equal_lengths_in_blocks_of_either_kind() {
     let g = Golden::open("llama31_f32");
@@ -337,15 +338,20 @@ fn attention_of_equal_lengths_in_blocks_of_either_kind() {
     let setup = Setup { routers: Some(&file), limits, ..Setup::default() };
     let setting = SeqSetting { attn_density: Some(0.5), mlp: MlpMode::Dense };
     let lengths = [199, 207];
-    let steps = [true, false].map(|large| {
+    let kinds = [
+        (true, true, (Worker::Large, 4, 13)),
+        (false, false, (Worker::Small, 11, 0)),
+        (false, true, (Worker::Cluster { blocks: 4, most: 4 }, 4, 13)),
+    ];
+    let steps = kinds.map(|(large, clusters, expected)| {
         let mut host = host_device::Host::new();
-        host.multiprocessors = 4;
-        let tuning = Tuning { large, ..Tuning::default() };
+        host.multiprocessors = 16;
+        let tuning = Tuning { large, clusters, ..Tuning::default() };
         let mut kernels = Kernels::for_device(DType::BF16, 64, 4, &host).unwrap();
         kernels.tuning = tuning;
         // All heads, as layer 0 has them.
-        let line = kernels.line(lengths.iter().map(|&n: &usize| (2, n.div_ceil(16) as u32)), true);
-        assert_eq!((line.large, line.workers, line.pages), (large, 4, 13));
+        let line = kernels.line(lengths.iter().map(|&n: &usize| (2, n.div_ceil(16) as u32)), Beside::Nothing);
+        assert_eq!((line.worker, line.workers, line.pages), expected);
         let mut rig =
             Rig::on(Cuda::new(Arc::new(AnyDevice(Box::new(host))), true).tuned(tuning), &g.model, &setup);
         for (id, n) in lengths.into_iter().enumerate() {
@@ -355,11 +361,13 @@ fn attention_of_equal_lengths_in_blocks_of_either_kind() {
         rig.backend.fill_random(&rig.weights, &mut rig.kv).unwrap();
         [0, 1].map(|_| (rig.run(&[(0, 1, true), (1, 1, true)]), rig.report.counts.clone()))
     });
-    for (large, small) in steps[0].iter().zip(&steps[1]) {
-        assert_eq!(large.1, small.1);
-        for (a, b) in large.0.iter().zip(&small.0) {
-            let d = distance(b, a);
-            assert!(d <= 1e-2, "{d:.2e}");
+    for other in &steps[1..] {
+        for (large, other) in steps[0].iter().zip(other) {
+            assert_eq!(large.1, other.1);
+            for (a, b) in large.0.iter().zip(&other.0) {
+                let d = distance(b, a);
+                assert!(d <= 1e-2, "{d:.2e}");
+            }
         }
     }
 }

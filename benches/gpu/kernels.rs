@@ -3,6 +3,7 @@
 use crate::timing::{Gpu, T};
 use polar_sparsity::backend::cuda::device::Device;
 use polar_sparsity::backend::cuda::launch::{Kernels, MADE_ROWS};
+use polar_sparsity::backend::cuda::line::{Beside, Worker};
 use polar_sparsity::backend::cuda::params::*;
 
 /// splitmix64, for lengths, page orders and selections.
@@ -98,18 +99,18 @@ fn attention_case(
     let parts =
         gpu.room(u64::from(k.decode_workers()) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    // As launched, with one more load under way per warp, and in blocks of four warps where those have eight.
+    // As launched, with one more load under way per warp, and in single blocks of four warps where those are others.
     let pieces = lengths.iter().map(|l| (keep, l.div_ceil(16)));
-    let line = |k: &Kernels| k.line(pieces.clone(), true);
+    let line = |k: &Kernels| k.line(pieces.clone(), Beside::Nothing);
     let mut variants = vec![(k.stages, true), (k.stages + 1, true)];
-    if line(&k).large {
+    if line(&k).worker != Worker::Small {
         variants.push((k.stages, false));
     }
-    for (stages, may_be_large) in variants {
+    for (stages, others) in variants {
         k.stages = stages;
-        k.tuning.large = may_be_large;
+        (k.tuning.large, k.tuning.clusters) = (others, others);
         let line = line(&k);
-        let launch = k.decode(batch, line.large, false);
+        let launch = k.decode(batch, line.worker, false);
         let prefix = gpu.words(&line.prefix(pieces.clone()).collect::<Vec<_>>());
         let params = |i: u64| DecodeParams {
             q: q.at,
@@ -139,15 +140,19 @@ fn attention_case(
         };
         let us = gpu.time(copies, |i| gpu.start(&launch, &params(i)));
         let kind = if ragged { "ragged" } else { "equal" };
-        let blocks = if line.large { " large" } else { "" };
+        let (large, cluster) = (line.worker == Worker::Large, launch.cluster);
+        let blocks = match line.worker {
+            Worker::Small => String::new(),
+            Worker::Large => " large".into(),
+            Worker::Cluster { blocks, .. } => format!(" by {blocks}"),
+        };
         gpu.report(
             "attention_decode",
             &format!(
                 "{heads}/{kv_heads} B={batch} S={context} {kind} density {density} stages {stages}{blocks}"
             ),
             &format!(
-                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"stages":{stages},"large":{}"#,
-                line.large
+                r#""batch":{batch},"context":{context},"heads":{heads},"kv_heads":{kv_heads},"density":{density},"ragged":{ragged},"stages":{stages},"large":{large},"cluster":{cluster}"#
             ),
             us,
             needed,

@@ -3,6 +3,7 @@
 
 use crate::kernels::Rng;
 use crate::timing::{Gpu, T};
+use polar_sparsity::backend::cuda::line::Beside;
 use polar_sparsity::backend::cuda::params::*;
 
 /// LLaMA-3.1-8B shapes.
@@ -43,8 +44,8 @@ fn case(gpu: &Gpu, batch: u32, context: u32, keep: u32, early: u32) {
     let (o_launch, o_splits) = k.linear(batch, HIDDEN, HEADS * HD);
     let (sums, delta) = (room(batch * n, 4 * qkv_splits), room(batch * HIDDEN, 4 * o_splits));
     let pieces = (0..batch).map(|_| (keep, context.div_ceil(16)));
-    let line = k.line(pieces.clone(), true);
-    let decode = k.decode(batch, line.large, false);
+    let line = k.line(pieces.clone(), Beside::Nothing);
+    let decode = k.decode(batch, line.worker, false);
     let parts = room(decode.grid.0 * 2 * (HEADS / KV_HEADS) * (HD + 4), 4);
     let (counters, selected, nan) = (room(batch * KV_HEADS, 4), room(batch * KV_HEADS, 2), room(1, 4));
     let rotation = room(context * HD, 4);

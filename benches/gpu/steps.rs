@@ -15,8 +15,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Arguments that make steps with another choice between equivalent launches.
-pub(crate) const TUNINGS: &[&str] =
-    &["tuning:serial", "tuning:unmade", "tuning:small", "tuning:parts", "tuning:apart", "tuning:side"];
+pub(crate) const TUNINGS: &[&str] = &[
+    "tuning:serial",
+    "tuning:unmade",
+    "tuning:small",
+    "tuning:parts",
+    "tuning:apart",
+    "tuning:side",
+    "tuning:single",
+];
 
 /// Begins an argument that names the points to run.
 pub(crate) const ONLY: &str = "only:";
@@ -31,6 +38,7 @@ fn tuning() -> Tuning {
         activated: !wants("parts"),
         along: !wants("apart"),
         choose: !wants("side"),
+        clusters: !wants("single"),
     }
 }
 

@@ -5,10 +5,9 @@
 namespace {
 
 using Entry = void (*)(const void*);
-struct Named { const char* name; Entry entry; int cluster; };
+struct Named { const char* name; Entry entry; };
 
-#define CLUSTERS(size, name, Params) {#name, [](const void* p) { name(*(const Params*)p); }, size},
-#define ONE(name, Params) CLUSTERS(1, name, Params)
+#define ONE(name, Params) {#name, [](const void* p) { name(*(const Params*)p); }},
 #define BOTH(name, Params) ONE(name##_bf16, Params) ONE(name##_f16, Params)
 #define SIZES(name, Params)                                                                  \
     ONE(name##_bf16_64, Params) ONE(name##_bf16_80, Params) ONE(name##_bf16_96, Params)      \
@@ -21,15 +20,12 @@ struct Named { const char* name; Entry entry; int cluster; };
     ONE(name##_bf16_1, Params) ONE(name##_bf16_2, Params) ONE(name##_bf16_4, Params)         \
     ONE(name##_bf16_8, Params) ONE(name##_f16_1, Params) ONE(name##_f16_2, Params)           \
     ONE(name##_f16_4, Params) ONE(name##_f16_8, Params)
-#define NORMS(size)                                                                          \
-    CLUSTERS(size, norm_bf16_1_##size, NormParams) CLUSTERS(size, norm_bf16_2_##size, NormParams) \
-    CLUSTERS(size, norm_f16_1_##size, NormParams) CLUSTERS(size, norm_f16_2_##size, NormParams)
-
 const Named kernels[] = {
     SIZES(attention_decode, DecodeParams)
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)
     SIZES(attention_decode_large, DecodeParams)
     SIZES(attention_decode_tall, DecodeParams)
+    SIZES(attention_decode_cluster, DecodeParams)
     SCORED(attention_decode_scored) SCORED(attention_decode_scored_large)
     SIZES(attention_prefill, PrefillParams)
     ONE(attention_prefill_bf16_256, PrefillParams) ONE(attention_prefill_f16_256, PrefillParams)
@@ -50,7 +46,6 @@ const Named kernels[] = {
     BOTH(embed, EmbedParams)
     ONE(norm_bf16_1, NormParams) ONE(norm_bf16_2, NormParams) ONE(norm_bf16_4, NormParams)
     ONE(norm_f16_1, NormParams) ONE(norm_f16_2, NormParams) ONE(norm_f16_4, NormParams)
-    NORMS(2) NORMS(4) NORMS(8)
     BOTH(qkv, QkvParams) BOTH(qkv_whole, QkvParams) BOTH(qkv_long, QkvParams)
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
@@ -75,14 +70,14 @@ const Named kernels[] = {
 
 // 0: done. 1: no such kernel. Others: see host::run.
 extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
-                                 uint32_t seed, const void* params) {
+                                 uint32_t cluster, uint32_t seed, const void* params) {
     for (const Named& k : kernels) {
         if (strcmp(k.name, name)) continue;
         host::Grid grid;
         grid.x = (int)x;
         grid.y = (int)y;
         grid.threads = (int)threads;
-        grid.cluster = k.cluster;
+        grid.cluster = (int)cluster;
         grid.shared_bytes = shared_bytes;
         grid.seed = seed;
         return host::run(grid, [&] { k.entry(params); });

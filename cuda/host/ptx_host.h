@@ -13,7 +13,6 @@ const bool races::instrumented = false;
 #endif
 
 #define KERNEL(threads, blocks) extern "C" void
-#define CLUSTER_KERNEL(threads, blocks, size) extern "C" void
 #define GRID_CONSTANT
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
@@ -42,6 +41,8 @@ DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); 
 DEVICE void load_constant(const void* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
 DEVICE void sync_block() { host::sync_block(); }
+DEVICE uint32_t cluster_blocks() { return (uint32_t)host::grid.cluster; }
+DEVICE uint32_t cluster_block() { return (uint32_t)host::self->block; }
 DEVICE void cluster_arrive() { host::cluster_arrive(); }
 DEVICE void cluster_wait() { host::cluster_wait(); }
 template <class T> void store_in_cluster(T* at, uint32_t block, T v) {

@@ -4,7 +4,7 @@ use crate::bench::{Bench, Rng, close};
 use crate::orders;
 use crate::router::Scores;
 use polar_sparsity::backend::cuda::launch::{Kernels, TileSize};
-use polar_sparsity::backend::cuda::line::Line;
+use polar_sparsity::backend::cuda::line::{Line, Worker};
 use polar_sparsity::backend::cuda::params::*;
 use polar_sparsity::dtype::DType;
 
@@ -91,8 +91,7 @@ struct Case {
     multiprocessors: u32,
     min_pages: u32,
     early: bool,
-    /// In blocks of eight warps.
-    large: bool,
+    worker: Worker,
     /// Least pages of a piece on the line; not 0: a worker for each.
     pages: u32,
     /// Neurons of an MLP router whose scores are taken along, its rank, and how many are chosen; 0: none.
@@ -142,12 +141,14 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         keep.push(count);
     }
     let pieces = keep.iter().copied().zip(tokens.iter().map(|t| t.div_ceil(16)));
-    let mut line = Line { large: c.large, workers: 0, pages: c.pages };
+    let mut line = Line { worker: c.worker, workers: 0, pages: c.pages };
     let all: u32 = pieces.clone().map(|(keep, pages)| keep * line.piece(pages)).sum();
     line.workers = if c.pages == 0 { (all / c.min_pages).max(1) } else { keep.iter().sum() };
     let prefix: Vec<u32> = line.prefix(pieces).collect();
     tables.push(0);
-    let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024).unwrap();
+    let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024)
+        .unwrap()
+        .with_warpgroups(true);
     let (neurons, rank, chosen) = c.scores;
     let scores = (neurons > 0).then(|| {
         let size = (n, neurons, rank);
@@ -158,8 +159,8 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         Scores::with(bench, size, 0, false, &[1.0, 1.0, 1e-7, 3e5, 0.0]).choosing(bench, chosen)
     });
     let launch = match scores {
-        None => k.decode(n as u32, c.large, false),
-        Some(_) => k.decode_scored(n as u32, c.large, (chosen > 0).then_some(neurons as u32)).unwrap(),
+        None => k.decode(n as u32, c.worker, false),
+        Some(_) => k.decode_scored(n as u32, c.worker, (chosen > 0).then_some(neurons as u32)).unwrap(),
     };
     let out = bench.room(2 * expected.len());
     let counters = bench.words(&vec![0; n * c.kv_heads]);
@@ -242,7 +243,7 @@ fn case() -> Case {
         multiprocessors: 3,
         min_pages: 4,
         early: true,
-        large: false,
+        worker: Worker::Small,
         pages: 0,
         scores: (0, 0, 0),
     }
@@ -306,18 +307,47 @@ pub fn decode_in_large_blocks() {
     for dtype in [DType::BF16, DType::F16] {
         for hd in [64, 80, 96, 128] {
             let lengths = vec![0, 1, 17, 283];
-            decode(&Bench::new(0), &Case { dtype, hd, large: true, lengths, keep: vec![2; 4], ..case() });
+            decode(
+                &Bench::new(0),
+                &Case { dtype, hd, worker: Worker::Large, lengths, keep: vec![2; 4], ..case() },
+            );
         }
     }
-    for (large, pages, multiprocessors, min_pages) in [(true, 0, 20, 1), (true, 10, 12, 1), (false, 9, 2, 1)]
+    use Worker::{Large, Small};
+    for (worker, pages, multiprocessors, min_pages) in
+        [(Large, 0, 20, 1), (Large, 10, 12, 1), (Small, 9, 2, 1)]
     {
         let keep = vec![2, 1, 3, 1, 2, 3, 1];
         orders(|b| {
             let keep = keep.clone();
-            decode(b, &Case { large, pages, multiprocessors, min_pages, group: 4, keep, ..case() })
+            decode(b, &Case { worker, pages, multiprocessors, min_pages, group: 4, keep, ..case() })
         });
     }
-    decode(&Bench::new(3), &Case { large: true, ..one_long(60, 128, 8) });
+    decode(&Bench::new(3), &Case { worker: Large, ..one_long(60, 128, 8) });
+}
+
+/// Clusters of blocks for a piece each: fewer pages than warps, clusters without a piece, dense heads, every group.
+#[test]
+pub fn decode_in_clusters() {
+    let clusters = |blocks| Case {
+        worker: Worker::Cluster { blocks, most: 13 },
+        pages: 20,
+        multiprocessors: 48,
+        ..case()
+    };
+    for (dtype, blocks) in [(DType::BF16, 4), (DType::F16, 2)] {
+        for hd in [64, 80, 96, 128] {
+            let lengths = vec![0, 1, 17, 283];
+            decode(&Bench::new(0), &Case { dtype, hd, lengths, keep: vec![2; 4], ..clusters(blocks) });
+        }
+    }
+    for (blocks, group, keep) in [(2, 4, vec![2, 1, 3, 1, 2, 3]), (8, 1, vec![]), (4, 8, vec![1; 6])] {
+        orders(|b| {
+            let lengths = vec![0, 15, 16, 40, 320, 0];
+            decode(b, &Case { group, lengths, keep: keep.clone(), early: group > 1, ..clusters(blocks) })
+        });
+    }
+    decode(&Bench::new(3), &Case { window: 40, lengths: vec![1, 16, 17, 100], ..clusters(2) });
 }
 
 /// With the scores of neurons, and with their choice.
@@ -325,7 +355,8 @@ pub fn decode_in_large_blocks() {
 pub fn decode_takes_scores_along() {
     for dtype in [DType::BF16, DType::F16] {
         for (hd, large, chosen) in [(64, false, 41), (64, true, 0), (128, false, 0), (128, true, 41)] {
-            let case = Case { dtype, hd, large, ..along((136, 72, chosen)) };
+            let worker = if large { Worker::Large } else { Worker::Small };
+            let case = Case { dtype, hd, worker, ..along((136, 72, chosen)) };
             decode(&Bench::new(0), &Case { lengths: vec![0, 1, 17, 40], keep: vec![1; 4], ..case });
         }
     }
@@ -338,12 +369,12 @@ fn along(scores: (usize, usize, usize)) -> Case {
 /// Fewer and more tiles of neurons than blocks, blocks without pages, dense heads, every number of rows.
 #[test]
 fn decode_takes_scores_of_any_number_along() {
-    for (scores, keep, large) in
-        [((40, 64, 40), vec![], true), ((430, 72, 130), vec![2, 1, 2, 1, 2, 1], false)]
+    for (scores, keep, worker) in
+        [((40, 64, 40), vec![], Worker::Large), ((430, 72, 130), vec![2, 1, 2, 1, 2, 1], Worker::Small)]
     {
         orders(|b| {
             let lengths = vec![0, 1, 15, 16, 17, 40];
-            decode(b, &Case { large, lengths, keep: keep.clone(), group: 4, ..along(scores) })
+            decode(b, &Case { worker, lengths, keep: keep.clone(), group: 4, ..along(scores) })
         });
     }
     for (rows, rank, chosen) in [(9, 1024, 0), (33, 72, 100), (34, 72, 130), (64, 72, 7)] {

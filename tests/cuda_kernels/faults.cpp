@@ -94,7 +94,7 @@ static void faulty(const FaultParams& p) {
 }
 
 extern "C" int polar_host_launch(const char*, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
-                                 uint32_t seed, const void* params) {
-    return host::run({(int)x, (int)y, (int)threads, (int)x, shared_bytes, seed}, [&] { faulty(*(const FaultParams*)params); });
+                                 uint32_t cluster, uint32_t seed, const void* params) {
+    return host::run({(int)x, (int)y, (int)threads, (int)cluster, shared_bytes, seed}, [&] { faulty(*(const FaultParams*)params); });
 }
 extern "C" int polar_host_sizes(uint32_t*) { return 0; }

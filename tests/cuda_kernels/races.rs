@@ -22,6 +22,7 @@ const CASES: &[fn()] = &[
     attention::decode_ragged_long_among_ones,
     attention::decode_lengths_workers_and_orders,
     attention::decode_in_large_blocks,
+    attention::decode_in_clusters,
     attention::prefill_every_head_size_and_type,
     linear::skinny_products_at_every_tile_edge,
     linear::skinny_products_of_listed_rows,
@@ -92,7 +93,7 @@ const FAULTS: &[(&str, &str)] = &[
 #[test]
 fn seeded_faults_are_found() {
     let library = Library::watching(&root().join("tests/cuda_kernels/faults.cpp"));
-    let launch = Launch { kernel: Id(0), grid: (3, 1), threads: 64, shared: 2048 };
+    let launch = Launch { cluster: 3, ..Launch::new(Id(0), (3, 1), 64, 2048) };
     for (fault, (name, found)) in FAULTS.iter().enumerate() {
         for seed in 0..6 {
             let input: Vec<u32> = (0..192).collect();

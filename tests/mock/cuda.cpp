@@ -20,7 +20,7 @@
 #include "../../cuda/host/executor.h"
 #include "cuda.h"
 
-extern "C" int polar_host_launch(const char*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, const void*);
+extern "C" int polar_host_launch(const char*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, const void*);
 
 namespace {
 
@@ -152,7 +152,8 @@ CALL(cuFuncSetAttribute, Function*, int, int) NOT_WHILE_RECORDING; END
 CALL(cuFuncLoad, Function* f) NOT_WHILE_RECORDING; f->loaded = true; END
 #endif
 
-struct Config { unsigned x, y, z, threads, ty, tz, shared; void* stream; const void* attributes; unsigned count; };
+struct Attribute { int id; char pad[4]; union { unsigned cluster[3]; char value[64]; }; };
+struct Config { unsigned x, y, z, threads, ty, tz, shared; void* stream; const Attribute* attributes; unsigned count; };
 CALL(cuLaunchKernelEx, const Config* c, Function* f, void** arguments, void**)
     if (f->module->context != top() || !f->loaded) return INVALID_HANDLE;
     if (!c->x || !c->y || c->threads > 1024 || c->shared > 227 * 1024) return INVALID_VALUE;
@@ -161,10 +162,13 @@ CALL(cuLaunchKernelEx, const Config* c, Function* f, void** arguments, void**)
     const unsigned char* from = (const unsigned char*)arguments[0];
     for (size_t i = 0; i < 256; i++) parameters[i] = ((const volatile unsigned char*)from)[i];
     const Config config = *c;
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < config.count; i++)
+        if (config.attributes[i].id == 4) cluster = config.attributes[i].cluster[0];  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     const std::string name = f->name;
     return enqueue(config.stream, [=] {
         mock::pass(1000);
-        return polar_host_launch(name.c_str(), config.x, config.y, config.threads, config.shared, 0, parameters.data()) == 0 ? OK : NOT_FOUND;
+        return polar_host_launch(name.c_str(), config.x, config.y, config.threads, config.shared, cluster, 0, parameters.data()) == 0 ? OK : NOT_FOUND;
     });
 }
 

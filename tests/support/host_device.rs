@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 mod root;
 pub use root::root;
 
-type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, *const c_void) -> c_int;
+type LaunchFn = unsafe extern "C" fn(*const c_char, u32, u32, u32, u32, u32, u32, *const c_void) -> c_int;
 type LateFn = unsafe extern "C" fn(*const c_void, u64);
 type SizesFn = unsafe extern "C" fn(*mut u32) -> c_int;
 
@@ -175,7 +175,16 @@ impl Library {
             }
             let (x, y) = launch.grid;
             let params = aligned.as_ptr().cast();
-            let status = (self.launch)(c_name.as_ptr(), x, y, launch.threads, launch.shared, seed, params);
+            let status = (self.launch)(
+                c_name.as_ptr(),
+                x,
+                y,
+                launch.threads,
+                launch.shared,
+                launch.cluster,
+                seed,
+                params,
+            );
             (self.late)(std::ptr::null(), 0);
             status
         };
@@ -503,7 +512,7 @@ impl Device for Host {
         let name = format!("linear_tile_{layout}_{t}");
         let kernel = find(&name).expect("a kernel");
         let grid = (p.rows.div_ceil(128), p.n.div_ceil(128));
-        let launch = Launch { kernel, grid, threads: 256, shared: 3 * (128 + 128) * 64 * 2 };
+        let launch = Launch::new(kernel, grid, 256, 3 * (128 + 128) * 64 * 2);
         device::start(self, &launch, &LinearParams { splits: 1, ..*p })?;
         Ok(true)
     }

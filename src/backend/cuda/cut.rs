@@ -58,7 +58,7 @@ impl SkinnyCut {
     }
 
     pub(super) fn launch(&self) -> Launch {
-        Launch { kernel: Id(0), grid: (1, 1), threads: 128, shared: self.shared }
+        Launch::new(Id(0), (1, 1), 128, self.shared)
     }
 }
 

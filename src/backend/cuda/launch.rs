@@ -21,6 +21,15 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory of a block, bytes.
     pub shared: u32,
+    /// Blocks side by side that run at the same time; more than 1 on compute capability 9.0 only.
+    pub cluster: u32,
+}
+
+impl Launch {
+    /// Blocks, x and y, that may run at any time.
+    pub fn new(kernel: Id, grid: (u32, u32), threads: u32, shared: u32) -> Launch {
+        Launch { kernel, grid, threads, shared, cluster: 1 }
+    }
 }
 
 macro_rules! names {
@@ -40,6 +49,10 @@ macro_rules! names {
             "attention_decode_tall_bf16_96", "attention_decode_tall_bf16_128",
             "attention_decode_tall_f16_64", "attention_decode_tall_f16_80",
             "attention_decode_tall_f16_96", "attention_decode_tall_f16_128",
+            "attention_decode_cluster_bf16_64", "attention_decode_cluster_bf16_80",
+            "attention_decode_cluster_bf16_96", "attention_decode_cluster_bf16_128",
+            "attention_decode_cluster_f16_64", "attention_decode_cluster_f16_80",
+            "attention_decode_cluster_f16_96", "attention_decode_cluster_f16_128",
             "attention_decode_scored_bf16_64", "attention_decode_scored_bf16_128",
             "attention_decode_scored_f16_64", "attention_decode_scored_f16_128",
             "attention_decode_scored_large_bf16_64", "attention_decode_scored_large_bf16_128",
@@ -52,8 +65,6 @@ macro_rules! names {
             "attention_prefill_small_bf16_96", "attention_prefill_small_bf16_128",
             "attention_prefill_small_f16_64", "attention_prefill_small_f16_80",
             "attention_prefill_small_f16_96", "attention_prefill_small_f16_128",
-            "norm_bf16_1_2", "norm_bf16_1_4", "norm_bf16_1_8", "norm_bf16_2_2", "norm_bf16_2_4", "norm_bf16_2_8",
-            "norm_f16_1_2", "norm_f16_1_4", "norm_f16_1_8", "norm_f16_2_2", "norm_f16_2_4", "norm_f16_2_8",
             "norm_bf16_1", "norm_bf16_2", "norm_bf16_4", "norm_f16_1", "norm_f16_2", "norm_f16_4",
             "linear_down_bf16_1", "linear_down_bf16_2", "linear_down_bf16_4",
             "linear_down_f16_1", "linear_down_f16_2", "linear_down_f16_4",
@@ -123,11 +134,21 @@ pub struct Tuning {
     pub along: bool,
     /// And chooses the neurons, see [`Kernels::chooses`].
     pub choose: bool,
+    /// Its workers may be clusters of blocks, see [`Kernels::line`].
+    pub clusters: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Tuning {
-        Tuning { beside: true, made: true, large: true, activated: true, along: true, choose: true }
+        Tuning {
+            beside: true,
+            made: true,
+            large: true,
+            activated: true,
+            along: true,
+            choose: true,
+            clusters: true,
+        }
     }
 }
 
@@ -135,8 +156,8 @@ impl Default for Tuning {
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
     embed: Id,
-    /// By columns of a thread, 4, 8, 16, and blocks of a row, 1, 2, 4, 8; of 16 columns one.
-    norm: [[Id; 4]; 3],
+    /// By columns of a thread: 4, 8, 16.
+    norm: [Id; 3],
     /// For sums in several parts, in one.
     qkv: [Id; 2],
     activate: Id,
@@ -156,6 +177,8 @@ pub struct Kernels {
     pub(super) decode: Id,
     /// In blocks of eight warps, where they fit.
     pub(super) decode_large: Option<Id>,
+    /// For clusters of blocks.
+    pub(super) decode_cluster: Option<Id>,
     /// The same two that take the MLP router's scores along, where they are.
     pub(super) decode_scored: [Option<Id>; 2],
     /// Large tiles, small ones.
@@ -219,10 +242,6 @@ impl Kernels {
             let one = |size| by_name(&format!("{base}_{t}_{size}"));
             Ok([one(1)?, one(2)?, one(4)?])
         };
-        let norms = |chunks: u32| -> Result<[Id; 4]> {
-            let one = |blocks: &str| by_name(&format!("norm_{t}_{chunks}{blocks}"));
-            Ok([one("")?, one("_2")?, one("_4")?, one("_8")?])
-        };
         let sized = |base: &str| by_name(&format!("{base}_{t}_{head_dim}"));
         let large = large_fits(head_dim, group, (decode_blocks, stages), shared_per_block)
             .then(|| sized("attention_decode_large"));
@@ -234,7 +253,7 @@ impl Kernels {
         };
         Ok(Kernels {
             embed: each("embed")?,
-            norm: [norms(1)?, norms(2)?, [by_name(&format!("norm_{t}_4"))?; 4]],
+            norm: by_size("norm")?,
             qkv: if head_dim > 128 { [each("qkv_long")?; 2] } else { [each("qkv")?, each("qkv_whole")?] },
             activate: each("activate")?,
             activated: each("linear_activated")?,
@@ -252,6 +271,8 @@ impl Kernels {
             convert: by_name("convert")?,
             decode: sized(&format!("attention_decode{tall}")).map_err(unsupported)?,
             decode_large: large.transpose().map_err(unsupported)?,
+            decode_cluster: find(&format!("attention_decode_cluster_{t}_{head_dim}"))
+                .filter(|_| tall.is_empty()),
             decode_scored: ["", "_large"].map(|size| {
                 find(&format!("attention_decode_scored{size}_{t}_{head_dim}")).filter(|_| tall.is_empty())
             }),
@@ -281,7 +302,7 @@ impl Kernels {
 
     /// Embedding rows.
     pub fn embed(&self, rows: u32) -> Launch {
-        Launch { kernel: self.embed, grid: (rows, 1), threads: 256, shared: 0 }
+        Launch::new(self.embed, (rows, 1), 256, 0)
     }
 
     /// Norms of `rows` rows of up to [`MOST_HIDDEN`] columns.
@@ -304,8 +325,8 @@ impl Kernels {
             1 => 0,
             2 => 1,
             _ => 2,
-        }][cluster.ilog2() as usize];
-        Launch { kernel, grid: (rows * cluster, 1), threads, shared: 32 * 8 }
+        }];
+        Launch { cluster, ..Launch::new(kernel, (rows * cluster, 1), threads, 32 * 8) }
     }
 
     /// Bias, rotation and KV write of `rows` rows of `heads` heads (q, k and v) from sums in `parts`; `router`: rows of the
@@ -315,44 +336,44 @@ impl Kernels {
         let y = heads.div_ceil(8);
         let (selects, shared) = if router > 0 { (1, select_bytes(router)) } else { (0, 0) };
         let shared = if narrows { narrow_bytes(MOST_RANK).max(shared) } else { shared };
-        Launch { kernel, grid: (rows, y + selects + u32::from(narrows)), threads: 256, shared }
+        Launch::new(kernel, (rows, y + selects + u32::from(narrows)), 256, shared)
     }
 
     /// Bytes of rows of sums, so many pieces of 64 each.
     pub fn narrow_rows(&self, rows: u32, pieces: u32) -> Launch {
-        Launch { kernel: self.narrow, grid: (rows, 1), threads: 256, shared: narrow_bytes(64 * pieces) }
+        Launch::new(self.narrow, (rows, 1), 256, narrow_bytes(64 * pieces))
     }
 
     /// Activation of `n` neurons.
     pub fn activate(&self, rows: u32, n: u32) -> Launch {
         let y = (8 * self.multiprocessors / rows.max(1)).clamp(1, n.div_ceil(1024));
-        Launch { kernel: self.activate, grid: (rows, y), threads: 256, shared: 0 }
+        Launch::new(self.activate, (rows, y), 256, 0)
     }
 
     /// Head selection by `router` logits a sequence.
     pub fn select_heads(&self, sequences: u32, router: u32) -> Launch {
-        Launch { kernel: self.select_heads, grid: (sequences, 1), threads: 256, shared: select_bytes(router) }
+        Launch::new(self.select_heads, (sequences, 1), 256, select_bytes(router))
     }
 
     /// Tables of the decode attention from a host's own.
     pub fn plan(&self, sequences: u32, kv_heads: u32) -> Launch {
         let blocks = (sequences * kv_heads).div_ceil(1024).clamp(1, self.multiprocessors);
-        Launch { kernel: self.plan, grid: (blocks, 1), threads: 256, shared: 8 * 4 }
+        Launch::new(self.plan, (blocks, 1), 256, 8 * 4)
     }
 
     /// Zeros where the decode attention writes nothing.
     pub fn zero_heads(&self, sequences: u32) -> Launch {
-        Launch { kernel: self.zero, grid: (sequences, 1), threads: 256, shared: MAX_UNITS * 4 }
+        Launch::new(self.zero, (sequences, 1), 256, MAX_UNITS * 4)
     }
 
     /// Which rows of a host's batch are padding.
     pub fn mark_rows(&self) -> Launch {
-        Launch { kernel: self.mark, grid: (1, 1), threads: 256, shared: 0 }
+        Launch::new(self.mark, (1, 1), 256, 0)
     }
 
     /// Scores of the neurons of `groups` groups of rows.
     pub fn neuron_scores(&self, groups: u32, n: u32) -> Launch {
-        Launch { kernel: self.scores, grid: (n.div_ceil(64), groups), threads: 256, shared: 1024 }
+        Launch::new(self.scores, (n.div_ceil(64), groups), 256, 1024)
     }
 
     /// The MLP router's second product of up to [`SKINNY_ROWS`] rows, as scores of `n` neurons.
@@ -366,18 +387,13 @@ impl Kernels {
         // With room for four warps' sums.
         let room = router_bytes_room(rows);
         let shared = room + (room - ROW_BYTES) / 4;
-        Launch { kernel: self.router_bytes, grid: (n.div_ceil(64), 1), threads: 128, shared }
+        Launch::new(self.router_bytes, (n.div_ceil(64), 1), 128, shared)
     }
 
     /// Neuron selection of `groups` groups, from their scores.
     pub fn select_neurons(&self, groups: u32, n: u32) -> Launch {
         let kernel = self.neurons[usize::from(n > REGISTER_NEURONS)];
-        Launch {
-            kernel,
-            grid: (n.div_ceil(SELECT_PIECE).clamp(1, 32), groups),
-            threads: 1024,
-            shared: neuron_bytes(n),
-        }
+        Launch::new(kernel, (n.div_ceil(SELECT_PIECE).clamp(1, 32), groups), 1024, neuron_bytes(n))
     }
 
     /// Whether a layer of `n` neurons fits the neuron selection.
@@ -394,12 +410,12 @@ impl Kernels {
     /// Most likely tokens.
     pub fn argmax(&self, rows: u32) -> Launch {
         let pieces = (2 * self.multiprocessors / rows.max(1)).clamp(1, ARGMAX_PIECES);
-        Launch { kernel: self.argmax, grid: (pieces, rows), threads: 512, shared: 400 }
+        Launch::new(self.argmax, (pieces, rows), 512, 400)
     }
 
     /// Counting of `n` tokens of penalised sequences.
     pub fn count_tokens(&self, n: u32) -> Launch {
-        Launch { kernel: self.count_tokens, grid: (n.div_ceil(256), 1), threads: 256, shared: 0 }
+        Launch::new(self.count_tokens, (n.div_ceil(256), 1), 256, 0)
     }
 
     /// Sampling of `jobs` rows: the likeliest after penalties (0), histograms and plain draws (1), the
@@ -407,39 +423,29 @@ impl Kernels {
     pub fn sample(&self, stage: usize, jobs: u32) -> Launch {
         let pieces = (4 * self.multiprocessors / jobs.max(1)).clamp(1, ARGMAX_PIECES);
         let shared = 2 * 4 * SAMPLE_BINS as u32 + SAMPLE_SUMS;
-        Launch { kernel: self.sample[stage], grid: (pieces, jobs), threads: 512, shared }
+        Launch::new(self.sample[stage], (pieces, jobs), 512, shared)
     }
 
     /// Transposition of `rows` by `columns`.
     pub fn transpose(&self, rows: u32, columns: u32) -> Launch {
-        Launch {
-            kernel: self.transpose,
-            grid: (columns.div_ceil(32), rows.div_ceil(32)),
-            threads: 256,
-            shared: 32 * 33 * 2,
-        }
+        Launch::new(self.transpose, (columns.div_ceil(32), rows.div_ceil(32)), 256, 32 * 33 * 2)
     }
 
     /// Conversion to a 16-bit type.
     pub fn convert(&self, count: u64) -> Launch {
         let blocks = count.div_ceil(1024).clamp(1, 4096) as u32;
-        Launch { kernel: self.convert, grid: (blocks, 1), threads: 256, shared: 0 }
+        Launch::new(self.convert, (blocks, 1), 256, 0)
     }
 
     /// A read of all of some memory, to measure the device's ceiling.
     pub fn read_stream(&self) -> Result<Launch> {
-        Ok(Launch {
-            kernel: by_name("read_stream")?,
-            grid: (4 * self.multiprocessors, 1),
-            threads: 512,
-            shared: 0,
-        })
+        Ok(Launch::new(by_name("read_stream")?, (4 * self.multiprocessors, 1), 512, 0))
     }
 
     /// Random contents of a 16-bit type.
     pub fn fill(&self, dtype: DType) -> Result<Launch> {
         let kernel = by_name(if dtype == DType::BF16 { "fill_bf16" } else { "fill_f16" })?;
-        Ok(Launch { kernel, grid: (8 * self.multiprocessors, 1), threads: 256, shared: 0 })
+        Ok(Launch::new(kernel, (8 * self.multiprocessors, 1), 256, 0))
     }
 
     /// Packed query rows of a prefill tile, and tokens of the cache a step.
@@ -474,7 +480,7 @@ impl Kernels {
         let (rows, keys) = self.prefill_sizes(tile);
         // The queries and three loads of the cache, rows 16 bytes apart.
         let shared = (rows + 3 * keys) * (2 * self.head_dim + 16);
-        Launch { kernel: self.prefill[tile as usize], grid: (tiles * kv_heads, 1), threads: 128, shared }
+        Launch::new(self.prefill[tile as usize], (tiles * kv_heads, 1), 128, shared)
     }
 
     /// `x [rows][k]` times `w [n][k]`: the launch, and into how many parts the sum is cut.
@@ -513,7 +519,7 @@ impl Kernels {
     fn tiled(&self, kernel: Id, rows: u32, n: u32, k: u32) -> (Launch, u32) {
         let (x, y) = (rows.div_ceil(128), n.div_ceil(128));
         let splits = splits(x * y, self.multiprocessors, k.div_ceil(64), k.div_ceil(64) / 8).min(8);
-        (Launch { kernel, grid: (x, y * splits), threads: 256, shared: TILE_SHARED }, splits)
+        (Launch::new(kernel, (x, y * splits), 256, TILE_SHARED), splits)
     }
 
     /// `x [rows][k]` times `w [k][n]`.
@@ -547,7 +553,7 @@ impl Kernels {
         let chunk = 1024 / cut.column_warps;
         let chunks = if k.div_ceil(16).div_ceil(splits) * 16 <= chunk { 1 } else { 2 };
         let shared = 8 * cut.depth * 4 * 512 + chunks * 16 * cut.row_tiles * 2 * chunk;
-        (Launch { kernel, grid: (tiles, splits), threads: 256, shared }, splits)
+        (Launch::new(kernel, (tiles, splits), 256, shared), splits)
     }
 }
 

@@ -21,15 +21,47 @@ const MOST_PIECES: u32 = 4;
 const FEW_PIECES: u32 = 8;
 const LONG_PAGES: u32 = 200;
 const MANY_ROWS: u32 = 4;
+/// Blocks of a cluster, and pages of each: one to four a warp. With more of them, or more blocks than multiprocessors, single
+/// blocks with even shares of all pages are faster though they add up parts in global memory (on an H200, LLaMA-3.1-8B
+/// at 4k; all heads of OPT-6.7B in clusters of eight); with so few it does not matter how uneven lengths are.
+const CLUSTERS: [u32; 3] = [8, 4, 2];
+const CLUSTER_PAGES: RangeInclusive<u32> = 4..=16;
 /// Sequences whose scores decode attention takes along. With fewer it ends before they are there.
 const ALONG: RangeInclusive<u32> = 5..=SKINNY_ROWS;
+
+/// What owns an interval of the line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Worker {
+    /// A block of four warps.
+    Small,
+    /// A block of eight warps, which has a multiprocessor to itself.
+    Large,
+    /// Several blocks of four warps, for one piece.
+    Cluster {
+        /// So many.
+        blocks: u32,
+        /// Clusters that are started.
+        most: u32,
+    },
+}
+
+/// What shares the device with decode attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// Nothing.
+    Nothing,
+    /// The MLP router's scores, made by its own blocks.
+    Scores,
+    /// Kernels that wait for room, which large blocks would keep them, and they those (a step of 8 sequences of OPT-6.7B 5 %).
+    Kernels,
+}
 
 /// A step's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// Workers are blocks of eight warps, which have a multiprocessor to themselves; else of four.
-    pub large: bool,
-    /// Blocks that own an interval, where so many run.
+    /// Of which kind its workers are.
+    pub worker: Worker,
+    /// Workers that own an interval, where so many run.
     pub workers: u32,
     /// Pages that a piece has on the line at least.
     pub pages: u32,
@@ -54,22 +86,22 @@ impl Line {
 }
 
 impl Kernels {
-    /// The line for sequences with so many kept heads and pages; `alone`: no side work waits for room, which large
-    /// blocks would keep it, and it them (a step of 8 sequences of OPT-6.7B 5 %).
+    /// The line for sequences with so many kept heads and pages.
     ///
     /// Where each worker can have pieces of about the same length, none needs to be shared and added up: on an H200
-    /// 128 pieces of about 2048 tokens take 33 us instead of 37.
-    pub fn line(&self, pieces: impl Iterator<Item = (u32, u32)>, alone: bool) -> Line {
+    /// 128 pieces of about 2048 tokens take 33 us instead of 37. With few pieces, a cluster of blocks has each.
+    pub fn line(&self, pieces: impl Iterator<Item = (u32, u32)>, beside: Beside) -> Line {
         let (mut count, mut sum, mut longest) = (0u32, 0u32, 0u32);
         for (keep, pages) in pieces.filter(|&(keep, pages)| keep > 0 && pages > 0) {
             count += keep;
             sum += keep * pages;
             longest = pages.max(longest);
         }
-        let may_be_large = alone && self.tuning.large && self.decode_large.is_some();
-        let large = (true, self.multiprocessors, SHARING_PAGES);
-        let small = (false, self.decode_workers(), SHARING_PAGES / self.decode_blocks);
-        for (large, all, sharing) in [large, small] {
+        let may_be_large = beside != Beside::Kernels && self.tuning.large && self.decode_large.is_some();
+        let large = (Worker::Large, self.multiprocessors, SHARING_PAGES);
+        let small = (Worker::Small, self.decode_workers(), SHARING_PAGES / self.decode_blocks);
+        for (worker, all, sharing) in [large, small] {
+            let large = worker == Worker::Large;
             // Without an even number, equal pieces would be shared; without sharing the others have nothing to do.
             let each = count.div_ceil(even(all));
             let excess = (each * longest).saturating_sub(sharing).saturating_mul(all);
@@ -79,15 +111,27 @@ impl Kernels {
                 && longest >= 2 * MIN_PAGES
                 && excess <= sum
             {
-                return Line { large, workers: count / each, pages: longest };
+                return Line { worker, workers: count / each, pages: longest };
             }
+        }
+        let multiprocessors = even(self.multiprocessors);
+        let cluster = CLUSTERS.into_iter().find(|&blocks| {
+            beside != Beside::Scores
+                && (1..=multiprocessors / blocks).contains(&count)
+                && CLUSTER_PAGES.contains(&longest.div_ceil(blocks))
+                && self.cluster(blocks, count).is_some()
+        });
+        if let Some(blocks) = cluster {
+            let half = multiprocessors / 2 / blocks;
+            let most = if count <= half { half } else { multiprocessors / blocks };
+            return Line { worker: Worker::Cluster { blocks, most }, workers: count, pages: longest };
         }
         let line = sum + count * SEGMENT_COST;
         if may_be_large && count <= FEW_PIECES && longest >= LONG_PAGES && self.group >= MANY_ROWS {
             let workers = (line / (2 * MIN_PAGES)).clamp(1, even(self.multiprocessors));
-            return Line { large: true, workers, pages: 0 };
+            return Line { worker: Worker::Large, workers, pages: 0 };
         }
-        Line { large: false, workers: (line / MIN_PAGES).max(1), pages: 0 }
+        Line { worker: Worker::Small, workers: (line / MIN_PAGES).max(1), pages: 0 }
     }
 
     /// Most workers: as many as run at once.
@@ -95,15 +139,33 @@ impl Kernels {
         self.multiprocessors * self.decode_blocks
     }
 
-    /// Decode attention of so many sequences; `large` as the line says; `beside`: side work is waiting for room.
-    pub fn decode(&self, sequences: u32, large: bool, beside: bool) -> Launch {
-        let large = self.decode_large.filter(|_| large);
+    /// The launch of so many clusters of so many blocks, where there are such and two fit a multiprocessor. Clusters for half
+    /// of the multiprocessors take so much memory that there is one on each, which still leaves room for a product's;
+    /// more are left to find their places, since the groups of multiprocessors that clusters run on are not all even.
+    fn cluster(&self, blocks: u32, most: u32) -> Option<Launch> {
+        let (room, _) = self.decode_room(false);
+        let shared = bytes(4, self.head_dim, self.group, self.stages)
+            + blocks * self.group * (self.head_dim * 4 + 2 * 4);
+        let kernel =
+            self.decode_cluster.filter(|_| self.warpgroups && self.tuning.clusters && shared <= room)?;
+        let shared = if 2 * most * blocks <= self.multiprocessors { room + 1024 } else { shared };
+        Some(Launch { cluster: blocks, ..Launch::new(kernel, (most * blocks, 1), 4 * 32, shared) })
+    }
+
+    /// Decode attention of so many sequences; `worker` as the line says; `beside`: side work is waiting for room.
+    pub fn decode(&self, sequences: u32, worker: Worker, beside: bool) -> Launch {
+        if let Worker::Cluster { blocks, most } = worker
+            && let Some(launch) = self.cluster(blocks, most)
+        {
+            return launch;
+        }
+        let large = self.decode_large.filter(|_| worker == Worker::Large);
         let (kernel, warps, blocks) = match large {
             Some(kernel) => (kernel, 8, even(self.multiprocessors)),
             None => (self.decode, 4, even_workers(self.decode_workers(), sequences, beside)),
         };
         let shared = bytes(warps, self.head_dim, self.group, self.stages);
-        Launch { kernel, grid: (blocks, 1), threads: 32 * warps, shared }
+        Launch::new(kernel, (blocks, 1), 32 * warps, shared)
     }
 
     /// Whether decode attention takes the MLP router's scores of so many sequences along: its blocks have room for what they
@@ -118,9 +180,9 @@ impl Kernels {
                 || large.is_some() && self.scored_bytes(8, sequences) <= self.shared_per_block)
     }
 
-    /// Whether a block of that kernel, which is `large` or not, may choose among `n` neurons as well.
-    pub fn chooses(&self, n: u32, large: bool) -> bool {
-        let (room, most) = self.decode_room(large);
+    /// Whether a block of that kernel, for such workers, may choose among `n` neurons as well.
+    pub fn chooses(&self, n: u32, worker: Worker) -> bool {
+        let (room, most) = self.decode_room(worker == Worker::Large);
         self.tuning.choose && select_words(n) * 4 <= room && n < 1 << 16 && most > 1
     }
 
@@ -134,9 +196,9 @@ impl Kernels {
     }
 
     /// Decode attention with those scores; `choice`: so many neurons from which a block of its own chooses.
-    pub fn decode_scored(&self, sequences: u32, large: bool, choice: Option<u32>) -> Option<Launch> {
-        let large = large && self.decode_large.is_some();
-        let launch = self.decode(sequences, large, false);
+    pub fn decode_scored(&self, sequences: u32, worker: Worker, choice: Option<u32>) -> Option<Launch> {
+        let large = worker == Worker::Large && self.decode_large.is_some();
+        let launch = self.decode(sequences, if large { worker } else { Worker::Small }, false);
         let kernel = self.decode_scored[usize::from(large)]?;
         let shared =
             self.scored_bytes(launch.threads / 32, sequences).max(choice.map_or(0, |n| 4 * select_words(n)));
@@ -209,12 +271,13 @@ mod tests {
     #[test]
     fn a_line_shares_no_piece_where_every_multiprocessor_can_have_one() {
         let kernels = |group| Kernels::new(DType::BF16, 128, group, 132, 227 * KIB).unwrap();
-        let whole = |workers, pages| Line { large: true, workers, pages };
-        let small = |workers, pages| Line { large: false, workers, pages };
+        let whole = |workers, pages| Line { worker: Worker::Large, workers, pages };
+        let small = |workers, pages| Line { worker: Worker::Small, workers, pages };
         let split = |workers| small(workers, 0);
         let (one, grouped) = (kernels(1), kernels(4));
         // 8 sequences, 16 heads; about the same length; one much longer, or nothing but waiting rows beside them.
-        let line = |k: &Kernels, pages: &[u32], keep| k.line(pages.iter().map(|&p| (keep, p)), true);
+        let line =
+            |k: &Kernels, pages: &[u32], keep| k.line(pages.iter().map(|&p| (keep, p)), Beside::Nothing);
         assert_eq!(line(&one, &[128; 8], 16), whole(128, 128));
         assert_eq!(line(&one, &[128, 127, 126, 125, 124, 123, 130, 128], 16), whole(128, 130));
         assert_eq!(line(&one, &[128, 128, 128, 128, 128, 128, 128, 0], 18), whole(126, 128));
@@ -230,12 +293,28 @@ mod tests {
         assert_eq!(line(&one, &[64; 27], 19), split(27 * 19 * 68 / 6));
         assert_eq!(line(&one, &[64; 40], 32), split(40 * 32 * 68 / 6));
         // Few long heads of a group.
-        assert_eq!(line(&grouped, &[512], 8), Line { large: true, workers: 128, pages: 0 });
-        assert_eq!(line(&grouped, &[200], 5), Line { large: true, workers: 1020 / 12, pages: 0 });
+        assert_eq!(line(&grouped, &[512], 8), whole(128, 0));
+        assert_eq!(line(&grouped, &[200], 5), whole(1020 / 12, 0));
         assert_eq!(line(&grouped, &[199], 8), split(8 * 203 / 6));
         assert_eq!(line(&one, &[512], 8), split(8 * 516 / 6));
+        // In clusters: one sequence's heads, or half of them, of a group or not, two sequences; too many, too long, too
+        // short, scores along.
+        let cluster =
+            |blocks, most, workers, pages| Line { worker: Worker::Cluster { blocks, most }, workers, pages };
+        let [one_9, grouped_9] = [one, grouped].map(|k| k.with_warpgroups(true));
+        assert_eq!(line(&one_9, &[64], 32), cluster(4, 32, 32, 64));
+        assert_eq!(line(&one_9, &[64], 16), cluster(8, 16, 16, 64));
+        assert_eq!(line(&grouped_9, &[128], 8), cluster(8, 8, 8, 128));
+        assert_eq!(line(&grouped_9, &[127, 90], 5), cluster(8, 16, 10, 127));
+        assert_eq!(line(&one_9, &[64, 64], 16), cluster(4, 32, 32, 64));
+        assert_eq!(line(&one_9, &[64, 64], 32), split(64 * 68 / 6));
+        assert_eq!(line(&grouped_9, &[129], 8), split(8 * 133 / 6));
+        assert_eq!(line(&grouped_9, &[7], 8), cluster(2, 32, 8, 7));
+        assert_eq!(line(&grouped_9, &[6], 8), split(8 * 10 / 6));
+        assert_eq!(one_9.line([(16, 64)].into_iter(), Beside::Scores), split(16 * 68 / 6));
+        assert_eq!(grouped_9.decode(1, cluster(8, 8, 0, 0).worker, false).shared, 114 * KIB);
         // Side work, another choice, nothing to do.
-        assert!(!one.line([(16, 128); 8].into_iter(), false).large);
+        assert_ne!(one.line([(16, 128); 8].into_iter(), Beside::Kernels).worker, Worker::Large);
         let mut without = one;
         without.tuning.large = false;
         assert_eq!(line(&without, &[128; 8], 16), split(8 * 16 * 132 / 6));

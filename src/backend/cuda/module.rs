@@ -124,9 +124,21 @@ impl Module {
     ) -> Result<()> {
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: plain structs; zero is a valid value of every field.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        if early && self.starts_early {
+            attributes[0].id =
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[0].value.programmaticStreamSerializationAllowed = 1;
+            count += 1;
+        }
+        if launch.cluster > 1 {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            let dimensions =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+            attributes[count].value.clusterDim = dimensions;
+            count += 1;
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: launch.grid.0,
             gridDimY: launch.grid.1,
@@ -136,8 +148,8 @@ impl Module {
             blockDimZ: 1,
             sharedMemBytes: launch.shared,
             hStream: stream,
-            attrs: &mut attribute,
-            numAttrs: u32::from(early && self.starts_early),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
         };
         // SAFETY: each kernel takes one struct by value, whose bytes `params` are; the driver copies
         // them before it returns.

@@ -49,7 +49,7 @@ impl Kernels {
             .filter(|_| self.tuning.activated && masks == Ptr::NULL)?;
         let ActivatedCut { blocks, threads, shared } = cut;
         Some((
-            Launch { kernel: self.activated, grid: (blocks, 1), threads, shared },
+            Launch::new(self.activated, (blocks, 1), threads, shared),
             ActivatedParams { x, w, index, gate_bias, up_bias, out, rows, n, k, valid, kind },
         ))
     }
@@ -59,10 +59,7 @@ impl Kernels {
     pub(super) fn by_warpgroups(&self, k_lines: bool, rows: u32, n: u32, k: u32) -> Option<(Launch, u32)> {
         let cut = self.warpgroups.then(|| WideCut::new(rows, n, k, k_lines, self.multiprocessors))?;
         let WideCut { variant, grid, shared } = cut?;
-        Some((
-            Launch { kernel: self.wide[usize::from(k_lines)][variant], grid, threads: 256, shared },
-            grid.1,
-        ))
+        Some((Launch::new(self.wide[usize::from(k_lines)][variant], grid, 256, shared), grid.1))
     }
 
     /// `x` times a matrix stored `[n, k]`, sums to `out`.

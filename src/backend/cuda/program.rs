@@ -22,7 +22,7 @@ fn key<D: Device>(w: &CudaWeights<D>, s: &CudaScratch<D>, step: &Step) -> Option
     (w.shared.embed.0, s.buffers.tables.0, s.tables.layout(), s.tables.all_reference).hash(&mut h);
     for layer in 0..s.shape.layers {
         (s.tables.layer_plan[layer], step.plan.attn_sparse(layer), step.plan.mlp_sparse(layer)).hash(&mut h);
-        s.tables.large[usize::from(s.tables.layer_plan[layer])].hash(&mut h);
+        s.tables.workers[usize::from(s.tables.layer_plan[layer])].hash(&mut h);
         (s.tables.layer_groups(step, layer), step.plan.mlp_rule(layer)).hash(&mut h);
     }
     Some(h.finish())

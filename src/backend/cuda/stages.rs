@@ -389,10 +389,11 @@ impl<D: Device> Cuda<D> {
                 scale,
                 ..Default::default()
             };
-            let large = s.tables.large[usize::from(plan)];
+            let worker = s.tables.workers[usize::from(plan)];
             if let Some(routing) = scored {
-                let chooses = routing.shared_only() && s.kernels.chooses(s.shape.ffn as u32, large);
-                let launch = s.kernels.decode_scored(sequences, large, chooses.then_some(s.shape.ffn as u32));
+                let chooses = routing.shared_only() && s.kernels.chooses(s.shape.ffn as u32, worker);
+                let launch =
+                    s.kernels.decode_scored(sequences, worker, chooses.then_some(s.shape.ffn as u32));
                 let launch =
                     launch.ok_or_else(|| Error::invalid("decode attention takes no scores along"))?;
                 params.router = self.scoring(s, &routing, 0);
@@ -408,7 +409,7 @@ impl<D: Device> Cuda<D> {
                 }
             } else {
                 let beside = s.neurons_selected == Some(layer);
-                self.go(s, &s.kernels.decode(sequences, large, beside), &params)?;
+                self.go(s, &s.kernels.decode(sequences, worker, beside), &params)?;
             }
         }
         if s.tables.n_tiles > 0 {

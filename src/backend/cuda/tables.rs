@@ -6,6 +6,7 @@
 use super::buckets::bucket;
 use super::device::Device;
 use super::launch::{Kernels, TileSize};
+use super::line::{Beside, Worker};
 use super::memory::HostWords;
 use super::params::{NONE, Ptr};
 use crate::backend::{Limits, PAGE_TOKENS, SeqStep, Step};
@@ -59,8 +60,8 @@ pub(super) struct Tables<D: Device> {
     /// Plans used, and which of them each layer uses.
     n_plans: usize,
     pub(super) layer_plan: Vec<u16>,
-    /// Of each plan: see [`Line::large`](super::line::Line::large).
-    pub(super) large: Vec<bool>,
+    /// Of each plan: see [`Line::worker`](super::line::Line::worker).
+    pub(super) workers: Vec<Worker>,
     /// Prefill tiles of this step, and their kind.
     pub(super) n_tiles: u32,
     pub(super) tile_size: TileSize,
@@ -140,7 +141,7 @@ impl<D: Device> Tables<D> {
             used: 0,
             n_plans: 0,
             layer_plan: try_vec(layers, 0, "plans")?,
-            large: try_vec(layers + 1, false, "plans")?,
+            workers: try_vec(layers + 1, Worker::Small, "plans")?,
             n_tiles: 0,
             tile_size: TileSize::Large,
             any_reference: false,
@@ -271,7 +272,7 @@ impl<D: Device> Tables<D> {
         }
         w.words[t.last_group] = n_invariant;
         self.layout = Layout { plans: w.next, ..t };
-        let plans = (&mut self.layer_plan[..], &mut self.large[..]);
+        let plans = (&mut self.layer_plan[..], &mut self.workers[..]);
         self.n_plans = fill_plans(&mut w, &t, step, (kernels, kv_heads), plans);
         self.layout.tiles = w.next;
         let large = kernels.tile_tokens(TileSize::Large);
@@ -320,12 +321,16 @@ fn fill_plans(
     t: &Layout,
     step: &Step,
     (kernels, kv_heads): (&Kernels, u32),
-    (of_layer, large): (&mut [u16], &mut [bool]),
+    (of_layer, workers): (&mut [u16], &mut [Worker]),
 ) -> usize {
     let n = step.n_decode();
     let first = w.next;
-    let alone = kernels.takes_scores(t.rows.decode) || !(0..of_layer.len()).any(|l| step.plan.mlp_sparse(l));
-    large[0] = put_plan(w, t, n, kernels, alone, |_| kv_heads);
+    let beside = match (0..of_layer.len()).any(|l| step.plan.mlp_sparse(l)) {
+        false => Beside::Nothing,
+        true if kernels.takes_scores(t.rows.decode) => Beside::Scores,
+        true => Beside::Kernels,
+    };
+    workers[0] = put_plan(w, t, n, kernels, beside, |_| kv_heads);
     let mut plans = 1;
     for (layer, plan) in of_layer.iter_mut().enumerate() {
         *plan = 0;
@@ -337,7 +342,7 @@ fn fill_plans(
             (0..n).all(|b| w.words[at + b] == step.plan.attn_k(layer, b))
         });
         *plan = same.unwrap_or_else(|| {
-            large[plans] = put_plan(w, t, n, kernels, alone, |b| step.plan.attn_k(layer, b));
+            workers[plans] = put_plan(w, t, n, kernels, beside, |b| step.plan.attn_k(layer, b));
             plans += 1;
             plans - 1
         }) as u16;
@@ -345,15 +350,15 @@ fn fill_plans(
     plans
 }
 
-/// Padding keeps no head and owns no piece of the line. Whether workers are large.
+/// Padding keeps no head and owns no piece of the line. Of which kind workers are.
 fn put_plan(
     w: &mut Writer<'_>,
     t: &Layout,
     n: usize,
     kernels: &Kernels,
-    alone: bool,
+    beside: Beside,
     keep: impl Fn(usize) -> u32,
-) -> bool {
+) -> Worker {
     let decode = t.rows.decode as usize;
     let at = w.space(plan_words(decode), 0);
     let (lists, plan) = w.words.split_at_mut(at);
@@ -363,9 +368,9 @@ fn put_plan(
     }
     let pages = lists[t.context..].iter().map(|tokens| tokens.div_ceil(16));
     let pieces = kept.iter().copied().zip(pages);
-    let line = kernels.line(pieces.clone(), alone);
+    let line = kernels.line(pieces.clone(), beside);
     prefix.iter_mut().zip(line.prefix(pieces)).for_each(|(word, value)| *word = value);
-    line.large
+    line.worker
 }
 
 /// Tiles of a sequence's prompt, as a `PrefillTile` of the kernels; none of one that decodes.

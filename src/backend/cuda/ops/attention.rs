@@ -3,7 +3,7 @@
 use super::{Launcher, MAX_ROWS, Operator, Ops, Queue, Workspace, count, optional, pointer};
 use crate::backend::PAGE_TOKENS;
 use crate::backend::cuda::launch::{Kernels, MAX_UNITS};
-use crate::backend::cuda::line::MIN_PAGES;
+use crate::backend::cuda::line::{MIN_PAGES, Worker};
 use crate::backend::cuda::memory::Places;
 use crate::backend::cuda::params::{DecodeParams, NONE, PlanParams, Ptr, SEGMENT_COST, ZeroParams};
 use crate::dtype::DType;
@@ -228,6 +228,6 @@ impl Ops {
             scale: scale * std::f32::consts::LOG2_E,
             ..Default::default()
         };
-        queue.go(&k.decode(op.sequences, false, false), &params)
+        queue.go(&k.decode(op.sequences, Worker::Small, false), &params)
     }
 }
