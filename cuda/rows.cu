@@ -254,7 +254,7 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
     KERNEL(256, 4) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 8>(p); }                         \
     KERNEL(256, 6) qkv_whole_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 1>(p); }                    \
     KERNEL(256, 3) qkv_long_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 2, 8>(p); }                     \
-    KERNEL(256, 1) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
+    KERNEL(256, 5) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
 ROWS(bf16)
 ROWS(f16)
 #undef ROWS

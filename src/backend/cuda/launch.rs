@@ -346,8 +346,10 @@ impl Kernels {
 
     /// Activation of `n` neurons.
     pub fn activate(&self, rows: u32, n: u32) -> Launch {
-        let y = (8 * self.multiprocessors / rows.max(1)).clamp(1, n.div_ceil(1024));
-        Launch::new(self.activate, (rows, y), 256, 0)
+        // All of them run at once, five a multiprocessor: the next product starts when the last one has begun.
+        let pieces = n.div_ceil(1024);
+        let rounds = pieces.div_ceil((5 * self.multiprocessors / rows.max(1)).max(1));
+        Launch::new(self.activate, (rows, pieces.div_ceil(rounds)), 256, 0)
     }
 
     /// Head selection by `router` logits a sequence.

@@ -428,11 +428,17 @@ impl<D: Device> Cuda<D> {
         }
         let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
         let mut own = s.kernels.product((b.attention, l.o.weight), size, b.delta);
-        if s.list_is_late && rows <= LIBRARY_ROWS && size.1 < LIBRARY_COLUMNS {
+        if s.list_is_late {
             own.1.late = LATE_SUCCESSOR;
-            s.list_is_late = false;
         }
-        let sum = self.multiply(s, &own, false)?;
+        let sum = match self.by_library(s, &own, false)? {
+            Some(sum) => sum,
+            None => {
+                self.go(s, &own.0, &own.1)?;
+                s.list_is_late = false;
+                own.1.sums()
+            }
+        };
         s.pending = Pending { sum, bias: l.o.bias };
         Ok(())
     }
