@@ -94,7 +94,8 @@ void tile_load(void* target, const void* source, uint32_t bytes, uint64_t* state
 void tile_wait(uint64_t* state, uint32_t parity);
 
 // Runs `kernel` for every thread of the grid. 0: done. 2: a barrier was not reached by all threads (they
-// would wait for ever). 3: a block ended without having waited for the kernels before. 4: a race, see races.h.
+// would wait for ever). 3: a block ended without having waited for the kernels before. 4: a race, see races.h. 5: blocks
+// that make no whole clusters.
 int run(const Grid& grid, const std::function<void()>& kernel);
 
 }  // namespace host

@@ -13,6 +13,7 @@ mod host_device;
 mod linear;
 mod ops;
 mod ops_mlp;
+mod prefill;
 mod races;
 mod router;
 mod rows;

@@ -3,7 +3,7 @@
 
 use crate::bench::with_races;
 use crate::host_device::{self, Library, root};
-use crate::{activated, attention, linear, ops, ops_mlp, router, rows, sampling, selection};
+use crate::{activated, attention, linear, ops, ops_mlp, prefill, router, rows, sampling, selection};
 use polar_sparsity::backend::cuda::launch::{Id, Launch, NAMES};
 use polar_sparsity::backend::cuda::params::Ptr;
 
@@ -23,7 +23,7 @@ const CASES: &[fn()] = &[
     attention::decode_lengths_workers_and_orders,
     attention::decode_in_large_blocks,
     attention::decode_in_clusters,
-    attention::prefill_every_head_size_and_type,
+    prefill::prefill_every_head_size_and_type,
     linear::skinny_products_at_every_tile_edge,
     linear::skinny_products_of_listed_rows,
     linear::down_products_of_every_number_of_rows,

@@ -195,6 +195,10 @@ impl Library {
                 Err(Error::invalid(format!("kernel {name:?}: a block does not wait for the kernels before")))
             }
             4 => Err(Error::invalid(format!("kernel {name:?}: races: {}", self.race()))),
+            5 => Err(Error::invalid(format!(
+                "kernel {name:?}: {} blocks of {} threads in clusters of {}",
+                launch.grid.0, launch.threads, launch.cluster
+            ))),
             _ => Err(Error::invalid(format!("kernel {name:?}: threads wait for ever"))),
         }
     }
