@@ -94,17 +94,13 @@ struct Share {
 
 DEVICE Floats4 divided(const Floats4& x, float by) { return {{x.v[0] / by, x.v[1] / by, x.v[2] / by, x.v[3] / by}}; }
 
-// Warps that take the pages of a piece in turn, and which one this is of them: a block's, or a cluster's.
-template <int WARPS, bool CLUSTER> DEVICE uint32_t warps() { return CLUSTER ? WARPS * cluster_blocks() : WARPS; }
-template <int WARPS, bool CLUSTER> DEVICE uint32_t turn() {
-    return CLUSTER ? WARPS * cluster_block() + warp_index() : warp_index();
-}
-
-// One warp's loads: pages first + turn, first + turn + warps, … of each segment, in order.
+// One warp's loads: pages first + turn, first + turn + apart, … of each segment, in order. The warps of a block, or of
+// a cluster, take them in turn.
 template <int WARPS, bool CLUSTER> struct Loads {
     Walk walk;
     Segment segment;
-    const uint32_t turn = decode::turn<WARPS, CLUSTER>(), apart = warps<WARPS, CLUSTER>();
+    const uint32_t turn = (CLUSTER ? WARPS * cluster_block() : 0) + warp_index();
+    const uint32_t apart = CLUSTER ? WARPS * cluster_blocks() : WARPS;
     uint32_t page, issued, stage, head, ids, ids_from;
     bool more;
 

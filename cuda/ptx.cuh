@@ -210,7 +210,6 @@ DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-
 // Four 8x8 matrices of 16-bit elements out of shared memory. Lane l points at the 16 bytes of row
 // l % 8 of matrix l / 8; lane 4 g + t gets of matrix i, in out[i], elements 2t and 2t+1 of row g:
 // a of mma with matrices (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15).

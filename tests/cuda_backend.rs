@@ -329,9 +329,8 @@ fn sparse_attention_of_many_sequences() {
     }
 }
 
-/// Decode attention by each kind of worker.
 #[test]
-fn attention_of_equal_lengths_in_blocks_of_either_kind() {
+fn attention_of_equal_lengths_by_each_kind_of_worker() {
     let g = Golden::open("llama31_f32");
     let file = g.routers();
     let limits = Limits { max_batch: 4, max_rows: 8, pages: 32, max_context: 256 };

@@ -99,7 +99,7 @@ fn attention_case(
     let parts =
         gpu.room(u64::from(k.decode_workers()) * 2 * u64::from(heads / kv_heads) * u64::from(HD + 4) * 4);
     let counters = gpu.room(u64::from(batch * kv_heads) * 4);
-    // As launched, with one more load under way per warp, and in single blocks of four warps where those are others.
+    // As launched, with one more load under way per warp, and in single blocks of four warps where those are not.
     let pieces = lengths.iter().map(|l| (keep, l.div_ceil(16)));
     let line = |k: &Kernels| k.line(pieces.clone(), Beside::Nothing);
     let mut variants = vec![(k.stages, true), (k.stages + 1, true)];

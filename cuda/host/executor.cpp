@@ -118,7 +118,8 @@ void prepare(Fiber& f) {
 
 }  // namespace
 
-Warp& warp() { return warps[(self->block * grid.threads + self->index) / 32]; }
+int place_in_cluster() { return self->block * grid.threads + self->index; }
+Warp& warp() { return warps[place_in_cluster() / 32]; }
 
 void yield() {
     leave(*current);

@@ -38,7 +38,7 @@ struct Warp {
 struct Thread {
     int index = 0, block = 0;  // in its block, and that in its cluster
     uint64_t arrived = 0;      // at which of the cluster's barriers
-    bool waited = false;  // for the kernels before this one
+    bool waited = false;       // for the kernels before this one
     const unsigned char* stack = nullptr;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;                 // not yet committed
@@ -66,6 +66,7 @@ constexpr size_t STACK = 256 * 1024;
 struct Late { const unsigned char* from; const unsigned char* to; };
 extern std::vector<Late> late;
 
+int place_in_cluster();  // of the running thread
 extern std::vector<Warp> warps;
 Warp& warp();
 void yield();

@@ -20,6 +20,7 @@ struct Named { const char* name; Entry entry; };
     ONE(name##_bf16_1, Params) ONE(name##_bf16_2, Params) ONE(name##_bf16_4, Params)         \
     ONE(name##_bf16_8, Params) ONE(name##_f16_1, Params) ONE(name##_f16_2, Params)           \
     ONE(name##_f16_4, Params) ONE(name##_f16_8, Params)
+
 const Named kernels[] = {
     SIZES(attention_decode, DecodeParams)
     ONE(attention_decode_bf16_256, DecodeParams) ONE(attention_decode_f16_256, DecodeParams)

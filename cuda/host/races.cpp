@@ -131,13 +131,12 @@ bool in_shared(uintptr_t at) {
     return from < host::grid.cluster * host::shared_stride && from % host::shared_stride < host::grid.shared_bytes;
 }
 
-// The running thread's place in its cluster.
-uint32_t place_in_cluster() { return host::self->block * host::grid.threads + host::self->index; }
 uint32_t thread_id() { return (host::block_y * host::grid.x + host::block_x) * MOST_THREADS + host::self->index; }
 
 Access here(const void* from, uint32_t load) {
-    const uint32_t i = place_in_cluster();
-    return {thread_id(), block_meets[host::self->block], warp_meets[i / 32], threads[i].fences, load, (uint32_t)((uintptr_t)from - image)};
+    const uint32_t i = host::place_in_cluster();
+    return {thread_id(), block_meets[host::self->block], warp_meets[i / 32], threads[i].fences, load,
+            (uint32_t)((uintptr_t)from - image)};
 }
 
 bool ordered(const Access& before, const Access& a) {
@@ -150,7 +149,7 @@ bool ordered(const Access& before, const Access& a) {
             if (load.warp == a.warp() && load.seen >> a.thread % 32 & 1) return true;
         }
     }
-    const Known& known = threads[place_in_cluster()].known;
+    const Known& known = threads[host::place_in_cluster()].known;
     return known && known->has(before);
 }
 
@@ -165,7 +164,8 @@ std::string place(const Access& a) {
 }
 std::string place(uintptr_t at) {
     char text[48];
-    if (in_shared(at)) snprintf(text, sizeof text, "shared memory + %zu", (size_t)(at - (uintptr_t)host::cluster_shared) % host::shared_stride);
+    const size_t in_block = (at - (uintptr_t)host::cluster_shared) % host::shared_stride;
+    if (in_shared(at)) snprintf(text, sizeof text, "shared memory + %zu", in_block);
     else snprintf(text, sizeof text, "global memory %#zx", (size_t)at);
     return text;
 }
@@ -264,7 +264,7 @@ void block_met() {
 }
 void warp_met() {
     if (!watching) return;
-    const size_t warp = place_in_cluster() / 32;
+    const size_t warp = host::place_in_cluster() / 32;
     warp_meets[warp]++;
     share(32 * warp, std::min(threads.size(), 32 * warp + 32));
 }
@@ -302,7 +302,7 @@ void atomic(const void* p, size_t bytes, const void* from) {
     const uintptr_t at = (uintptr_t)p;
     const Access a = here(from, 0);
     check_waited(at, bytes, ATOMIC, a);
-    Thread& me = threads[place_in_cluster()];
+    Thread& me = threads[host::place_in_cluster()];
     for (uintptr_t u = at; u < at + bytes; u += UNIT) {
         Unit& unit = unit_of(u);
         check(u, ATOMIC, a, WRITE, unit.write);
@@ -317,12 +317,12 @@ void atomic(const void* p, size_t bytes, const void* from) {
 
 void fence() {
     if (!watching) return;
-    Thread& me = threads[place_in_cluster()];
+    Thread& me = threads[host::place_in_cluster()];
     me.known = join(me.known, me.observed);
     auto mine = std::make_shared<Knowledge>(me.known ? *me.known : Knowledge{});
     const uint32_t thread = thread_id();
     raise(mine->blocks, thread / MOST_THREADS, block_meets[host::self->block]);
-    raise(mine->warps, thread / 32, warp_meets[place_in_cluster() / 32]);
+    raise(mine->warps, thread / 32, warp_meets[host::place_in_cluster() / 32]);
     raise(mine->threads, thread, ++me.fences);
     me.published = mine;
 }

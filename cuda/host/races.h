@@ -5,8 +5,8 @@
 //
 // Two accesses to the same bytes, one of them a plain write, or one atomic and the other not, race unless
 // ordered by
-//   sync_block() between two threads of a block, cluster_arrive() and cluster_wait() between two of a cluster, sync_warp() between two of a warp (shuffles, votes and mma
-//   order nothing, as on a GPU);
+//   sync_block() between two threads of a block, cluster_arrive() and cluster_wait() between two of a cluster,
+//   sync_warp() between two of a warp (shuffles, votes and mma order nothing, as on a GPU);
 //   fence_device() and an atomic by the one thread; a later atomic on the same word and fence_device() by the
 //   other. What a thread learnt so it passes on at barriers and fences;
 //   tile_wait(), for the bytes of that load;

@@ -148,7 +148,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     tables.push(0);
     let k = Kernels::new(c.dtype, c.hd as u32, c.group as u32, c.multiprocessors, 227 * 1024)
         .unwrap()
-        .with_warpgroups(true);
+        .with_warpgroups(bench.device.warpgroups());
     let (neurons, rank, chosen) = c.scores;
     let scores = (neurons > 0).then(|| {
         let size = (n, neurons, rank);

@@ -1,5 +1,6 @@
 // A kernel with faults that a GPU shows seldom or never, for the race detector to find: blocks of 64
-// threads, all in one cluster, pass numbers on in every way there is, and the block that arrives last adds up what each one left.
+// threads, all in one cluster, pass numbers on in every way there is, and the block that arrives last adds up what
+// each one left.
 #include "../../cuda/common.cuh"
 
 enum Fault : uint32_t {
@@ -95,6 +96,7 @@ static void faulty(const FaultParams& p) {
 
 extern "C" int polar_host_launch(const char*, uint32_t x, uint32_t y, uint32_t threads, uint32_t shared_bytes,
                                  uint32_t cluster, uint32_t seed, const void* params) {
-    return host::run({(int)x, (int)y, (int)threads, (int)cluster, shared_bytes, seed}, [&] { faulty(*(const FaultParams*)params); });
+    return host::run({(int)x, (int)y, (int)threads, (int)cluster, shared_bytes, seed},
+                     [&] { faulty(*(const FaultParams*)params); });
 }
 extern "C" int polar_host_sizes(uint32_t*) { return 0; }

@@ -16,7 +16,7 @@ pub trait Device: Send + Sync + 'static {
     fn multiprocessors(&self) -> u32;
     /// Shared memory one block may use, bytes.
     fn shared_per_block(&self) -> u32;
-    /// Whether it runs the kernels of compute capability 9.0 (`cuda/linear_wide.cu`, norms by clusters of blocks).
+    /// Whether it runs the kernels of compute capability 9.0 (`cuda/linear_wide.cu`), and clusters of blocks.
     fn warpgroups(&self) -> bool;
     /// Free device memory, bytes.
     fn free_memory(&self) -> Result<u64>;

@@ -308,14 +308,14 @@ impl Kernels {
     /// Norms of `rows` rows of up to [`MOST_HIDDEN`] columns.
     pub fn norm(&self, rows: u32, hidden: u32) -> Launch {
         // Of few rows blocks for each multiprocessor, of at least four warps.
-        let most = match rows {
+        let cluster = match rows {
             _ if !self.warpgroups || hidden > MOST_HIDDEN / 2 => 1,
             0..=16 => 8,
             17..=32 => 4,
             33..=64 => 2,
             _ => 1,
         };
-        let cluster = most.min(hidden.div_ceil(4 * 128).next_power_of_two());
+        let cluster = cluster.min(hidden.div_ceil(4 * 128).next_power_of_two());
         // A block of 1024 threads fills a multiprocessor's registers.
         let half = cluster == 1 && rows > self.multiprocessors && hidden <= MOST_HIDDEN / 2;
         let most = if half { 512 } else { 1024 };

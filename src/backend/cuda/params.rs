@@ -21,9 +21,9 @@ impl Ptr {
 pub const NONE: u32 = u32::MAX;
 /// [`ActivateParams::kind`] of sums that are only added.
 pub const NO_ACTIVATION: u32 = 3;
-/// Flags of [`LinearParams::late`].
+/// Flag of [`LinearParams::late`]: `w` is no constant.
 pub const LATE_WEIGHTS: u32 = 1;
-/// See the header.
+/// Flag of [`LinearParams::late`]: the next kernel starts only when the one ahead has ended.
 pub const LATE_SUCCESSOR: u32 = 2;
 /// Virtual pages that opening a segment of a sequence costs.
 pub const SEGMENT_COST: u32 = 4;
