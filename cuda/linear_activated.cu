@@ -11,7 +11,7 @@
 // batch row and the others the other four, so that no register is spent on zeros: each half is right in the product
 // with its own k of w and means nothing in the other.
 //
-// Blocks have equally many neurons, to within one. A list was complete before the kernel ahead of this one began.
+// Blocks have equally many neurons, to within one. A list was complete before the kernel ahead let this one start.
 #include "common.cuh"
 
 namespace activated {

@@ -12,7 +12,7 @@
 // is filled while the other is used: one barrier every eight rounds. Warps share a block's columns, 64 each, and
 // its steps, every WARPS / COLUMN_WARPS'th each; at the end the latter's sums are added.
 //
-// The list was complete before the kernel ahead of this one began, so its weights are under way while that one
+// The list was complete before the kernel ahead let this one start, so its weights are under way while that one
 // still runs.
 #include "common.cuh"
 

@@ -18,7 +18,7 @@ constexpr int X_STRIDE = CHUNK * 2 + 64;  // bytes; the 64 keep eight lanes on d
 
 // The sums of the block's part in `c`: lane 4 g + t has neurons neuron0 + 16 m + g (+ 8 for i > 1) of
 // rows 8 n + 2 t + i % 2. LISTED: neuron j is row index[j] of w,
-// a list that was complete before the kernel ahead of this one began.
+// a list that was complete before the kernel ahead let this one start.
 template <class T, int MT, int NT, bool LISTED> DEVICE uint32_t sums(const LinearParams& p, float (&c)[MT][NT][4]) {
     constexpr int DEPTH = MT > 1 ? 3 : LISTED ? 5 : 4, BUFFERS = MT > 1 ? 2 : 3;  // at least two blocks a multiprocessor
     if (!(p.late & LATE_SUCCESSOR)) let_next_start();

@@ -50,7 +50,7 @@ constexpr uint32_t LATE_WEIGHTS = 1, LATE_SUCCESSOR = 2;
 struct LinearParams {
     const void* x;          // T [rows][k]
     const void* w;          // T [n][k]; for linear_down and linear_tile_nn [k][n]
-    const uint32_t* index;  // linear_up: [n] rows of w; linear_down: [k] or null; complete before the kernel ahead began
+    const uint32_t* index;  // linear_up: [n] rows of w; linear_down: [k] or null; complete before the kernel ahead let this one start
     float* out;
     uint32_t rows;
     uint32_t n;
@@ -66,7 +66,7 @@ struct DownParams {
     Partial up;             // columns k
     const void* up_bias;    // T by neuron, null: none
     const void* w;          // T [neurons][n]
-    const uint32_t* index;  // [k] neurons, complete before the kernel ahead of this one began
+    const uint32_t* index;  // [k] neurons, complete before the kernel ahead let this one start
     float* out;             // [splits][rows][n]
     uint32_t rows;
     uint32_t n;
@@ -249,7 +249,7 @@ struct ActivateParams {
     Partial in;             // columns n, or 2 n with the gate first
     const void* gate_bias;  // null: none
     const void* up_bias;
-    const uint32_t* index;  // null: neuron j; else neuron index[j], complete before the kernel ahead began
+    const uint32_t* index;  // null: neuron j; else neuron index[j], complete before the kernel ahead let this one start
     const uint32_t* masks;  // null: none; else bits per group [groups][(n + 31) / 32]
     const uint32_t* group;  // [rows] group whose mask applies, NONE: all neurons
     void* out;              // T [rows][n]
@@ -259,11 +259,12 @@ struct ActivateParams {
     uint32_t kind;          // 0 relu, 1 silu gated, 2 relu gated, 3 none
 };
 
-// A product of up to 8 rows with the activation of its sums: an MLP's first one, or a router's.
+// A product with the activation of its sums: an MLP's first one, or a router's. Of up to 8 rows (linear_activated), or of up
+// to 64 without a gate, n even, by clusters of as many blocks as sums have parts (linear_wide_activated).
 struct ActivatedParams {
     const void* x;          // T [rows][k]
     const void* w;          // T [n][k], or [2 n][k] with the gate's rows first
-    const uint32_t* index;  // null: neuron j; else neuron index[j], complete before the kernel ahead began; not with a gate
+    const uint32_t* index;  // null: neuron j; else neuron index[j], complete before the kernel ahead let this one start; not with a gate
     const void* gate_bias;  // T by neuron, null: none
     const void* up_bias;
     void* out;              // T [rows][n]

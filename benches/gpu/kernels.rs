@@ -1,6 +1,6 @@
 //! The cases of each kernel.
 
-use crate::timing::{Gpu, T};
+use crate::timing::{Gpu, by_library};
 use polar_sparsity::backend::cuda::device::Device;
 use polar_sparsity::backend::cuda::launch::{Kernels, MADE_ROWS};
 use polar_sparsity::backend::cuda::line::{Beside, Worker};
@@ -212,7 +212,7 @@ fn product(gpu: &Gpu, kernel: &str, name: &str, rows: u32, n: u32, k: u32, store
             splits,
             ..LinearParams::default()
         };
-        if kernel != "cublaslt" || !gpu.device.product(&params, false, T, None).unwrap() {
+        if kernel != "cublaslt" || !gpu.device.product(&by_library(&params)).unwrap() {
             gpu.start(&launch, &params);
         }
     });

@@ -109,8 +109,18 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
         }
         for c in device.product_choices().split_off(told) {
             println!(
-                r#"{{"kind":"choice","model":"{}","rows":{},"n":{},"k":{},"transposed":{},"first_us":{:.1},"best_us":{:.1},"own_us":{:.1},"own":{}}}"#,
-                model.name, c.rows, c.n, c.k, c.transposed, c.first_us, c.best_us, c.own_us, c.own
+                r#"{{"kind":"choice","model":"{}","rows":{},"n":{},"k":{},"transposed":{},"beside":{},"first_us":{:.1},"best_us":{:.1},"best_waves":{:.2},"own_us":{:.1},"own":{}}}"#,
+                model.name,
+                c.rows,
+                c.n,
+                c.k,
+                c.transposed,
+                c.beside,
+                c.first_us,
+                c.best_us,
+                c.best_waves,
+                c.own_us,
+                c.own
             );
         }
     }

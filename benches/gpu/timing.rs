@@ -1,7 +1,7 @@
 //! A device, random memory on it, and the time of a list of launches.
 
 use cudarc::driver::sys;
-use polar_sparsity::backend::cuda::device::{self, Device};
+use polar_sparsity::backend::cuda::device::{self, Device, Product};
 use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::{Kernels, Launch};
 use polar_sparsity::backend::cuda::params::*;
@@ -15,6 +15,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub(crate) const T: DType = DType::BF16;
+
+/// A product with a matrix stored `[n, k]`, by the vendor's library.
+pub(crate) fn by_library(params: &LinearParams) -> Product<'_> {
+    Product { params, transposed: false, dtype: T, own: None, beside: None }
+}
+
 /// Inputs rotate over this many bytes, several times any L2.
 const ROTATION: u64 = 400 << 20;
 
@@ -91,7 +97,7 @@ impl Gpu {
             splits: 1,
             ..LinearParams::default()
         };
-        let product = || self.device.product(&params, false, T, None);
+        let product = || self.device.product(&by_library(&params));
         // The first one chooses the library's kernel.
         if !product().unwrap() {
             return None;

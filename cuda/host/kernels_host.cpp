@@ -34,6 +34,7 @@ const Named kernels[] = {
     ROWS(linear_skinny, LinearParams)
     ROWS(linear_wide, LinearParams)
     ROWS(linear_wide_down, LinearParams)
+    ROWS(linear_wide_activated, ActivatedParams)
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
     BOTH(mlp_down, DownParams)

@@ -18,9 +18,14 @@ struct Case {
     filler: usize,
     listed: bool,
     biases: bool,
+    /// By warpgroups, where the GPU has them; few rows go to the other kernel all the same.
+    warpgroups: bool,
 }
 
 fn product(bench: &Bench, c: &Case) -> Vec<u8> {
+    if c.warpgroups && !bench.device.warpgroups() {
+        return vec![];
+    }
     let mut rng = Rng((c.rows * 7 + c.n * 3 + c.k) as u64);
     let gated = c.kind == 1 || c.kind == 2;
     let stored = if c.listed { 2 * c.n + 5 } else { c.n };
@@ -37,7 +42,7 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
         (up_bias[neuron], gate_bias[neuron]) =
             (rng.vector(1, 1.0, c.dtype)[0], rng.vector(1, 1.0, c.dtype)[0]);
     }
-    let kernels = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap();
+    let kernels = Kernels::new(c.dtype, 64, 1, 5, 227 * 1024).unwrap().with_warpgroups(c.warpgroups);
     let (rows, n, k) = (c.rows as u32, c.n as u32, c.k as u32);
     let count = c.rows * c.n;
     let out = bench.room(2 * count);
@@ -76,8 +81,17 @@ fn product(bench: &Bench, c: &Case) -> Vec<u8> {
     bench.bytes(out, 2 * count)
 }
 
-const PLAIN: Case =
-    Case { dtype: DType::BF16, kind: 0, rows: 3, n: 70, k: 264, filler: 0, listed: false, biases: true };
+const PLAIN: Case = Case {
+    dtype: DType::BF16,
+    kind: 0,
+    rows: 3,
+    n: 70,
+    k: 264,
+    filler: 0,
+    listed: false,
+    biases: true,
+    warpgroups: false,
+};
 
 #[test]
 pub fn products_with_an_activation_of_every_kind() {
@@ -107,6 +121,20 @@ pub fn products_of_listed_rows_with_an_activation() {
     orders(|b| product(b, &Case { rows: 2, n: 72, k: 648, filler: 5, listed: true, ..PLAIN }));
 }
 
+/// Rows that end in and between tiles, columns too; one part and several, more and fewer than tiles of rows.
+#[test]
+pub fn products_of_more_rows_with_an_activation() {
+    let wide = Case { warpgroups: true, ..PLAIN };
+    for (rows, n, k) in [(9, 2, 8), (16, 128, 64), (17, 130, 520), (31, 126, 1000)] {
+        product(&Bench::new(0), &Case { rows, n, k, ..wide });
+        product(&Bench::new(0), &Case { rows, n, k, dtype: DType::F16, kind: 3, biases: false, ..wide });
+    }
+    for (rows, n, k, filler) in [(17, 8, 96, 0), (33, 136, 1032, 7), (64, 600, 520, 1)] {
+        product(&Bench::new(0), &Case { rows, n, k, filler, listed: true, ..wide });
+    }
+    orders(|b| product(b, &Case { rows: 40, n: 72, k: 2600, filler: 5, listed: true, ..wide }));
+}
+
 #[test]
 fn a_product_with_its_activation_is_of_few_rows_and_columns_where_shared_memory_allows_it() {
     let kernels = |kib: u32| Kernels::new(DType::BF16, 128, 1, 132, kib << 10).unwrap();
@@ -124,4 +152,12 @@ fn a_product_with_its_activation_is_of_few_rows_and_columns_where_shared_memory_
     assert_eq!(blocks(9, 1024, 4096, false), None);
     assert_eq!(blocks(8, 1024, 4104, false), None);
     assert!(product(&kernels(163), 1, 1024, 4096, false).is_none());
+    // With clusters of a norm's blocks ahead, or of its own: three blocks for each of 80 tiles of columns.
+    let hopper = h200.with_warpgroups(true);
+    assert_eq!(product(&hopper, 8, 16_384, 4096, false), Some(2 * 132));
+    assert_eq!(product(&hopper, 64, 10_160, 4096, false), Some(240));
+    assert_eq!(product(&hopper, 64, 10_161, 4096, false), None);
+    assert_eq!(product(&hopper, 65, 10_160, 4096, false), None);
+    assert_eq!(product(&hopper, 9, 20_480, 4096, false), None);
+    assert_eq!(product(&hopper, 9, 10_160, 4096, true), None);
 }

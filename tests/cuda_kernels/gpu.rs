@@ -2,11 +2,10 @@
 //! whose memory lives until the process ends.
 
 use polar_sparsity::Result;
-use polar_sparsity::backend::cuda::device::Device;
+use polar_sparsity::backend::cuda::device::{Device, Product};
 use polar_sparsity::backend::cuda::driver::Driver;
 use polar_sparsity::backend::cuda::launch::Launch;
-use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
-use polar_sparsity::dtype::DType;
+use polar_sparsity::backend::cuda::params::Ptr;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
@@ -79,17 +78,14 @@ impl Device for Shared {
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()> {
         self.0.start_beside(launch, params)
     }
+    fn join_early(&self) -> Result<()> {
+        self.0.join_early()
+    }
     fn join(&self) -> Result<()> {
         self.0.join()
     }
-    fn product(
-        &self,
-        params: &LinearParams,
-        transposed: bool,
-        dtype: DType,
-        own: Option<&Launch>,
-    ) -> Result<bool> {
-        self.0.product(params, transposed, dtype, own)
+    fn product(&self, of: &Product<'_>) -> Result<bool> {
+        self.0.product(of)
     }
     fn synchronize(&self) -> Result<()> {
         self.0.synchronize()

@@ -34,6 +34,7 @@ const CASES: &[fn()] = &[
     attention::decode_takes_scores_along,
     activated::products_with_an_activation_at_every_edge,
     activated::products_of_listed_rows_with_an_activation,
+    activated::products_of_more_rows_with_an_activation,
     linear::tiled_products_with_ragged_edges,
     selection::heads,
     selection::neurons,

@@ -231,6 +231,16 @@ CALL(cuEventRecord, Event* e, Stream* s) *e = Event{s ? s->into : nullptr, now};
 CALL(cuEventSynchronize, Event*) NOT_WHILE_RECORDING; END
 CALL(cuEventElapsedTime_v2, float* ms, Event* from, Event* to) *ms = (float)(to->at - from->at) / 1000; END
 CALL(cuStreamWaitEvent, Stream* s, Event* e, unsigned) if (e->into) s->into = e->into; END
+// A stream's work has no nodes here: one stands for what it recorded last.
+CALL(cuStreamGetCaptureInfo_v3, Stream* s, int* status, uint64_t* id, void** graph, void*** nodes, void** edges, size_t* count)
+    static void* last = nullptr;
+    *status = s && s->into ? 1 : 0;
+    *id = 1;
+    *graph = *edges = nullptr;
+    *nodes = &last;
+    *count = *status;
+END
+CALL(cuStreamUpdateCaptureDependencies_v2, Stream* s, void**, void*, size_t, unsigned) if (!s || !s->into) return CAPTURE; END
 CALL(cuGraphInstantiateWithFlags, std::vector<Work>** exec, std::vector<Work>* graph, unsigned long long) *exec = new std::vector<Work>(*graph); END
 CALL(cuGraphLaunch, std::vector<Work>* exec, void* stream)
     for (const Work& work : *exec)

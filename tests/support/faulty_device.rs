@@ -1,10 +1,9 @@
 //! A device that fails on purpose, around one that does not: the k-th allocation, the k-th call, or a
 //! launch that asks for more than a block can have. It counts what is allocated.
 
-use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
+use polar_sparsity::backend::cuda::device::{AnyDevice, Device, Product};
 use polar_sparsity::backend::cuda::launch::Launch;
-use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
-use polar_sparsity::dtype::DType;
+use polar_sparsity::backend::cuda::params::Ptr;
 use polar_sparsity::{Error, Result, Status};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -167,11 +166,12 @@ impl Device for Faulty {
         fn fetch(&self, to: &mut [u8], from: Ptr) -> Result<()>;
         fn mark(&self, old: u64) -> Result<u64>;
         fn reached(&self, mark: u64) -> Result<()>;
-        fn product(&self, params: &LinearParams, transposed: bool, dtype: DType, own: Option<&Launch>) -> Result<bool>;
+        fn product(&self, of: &Product<'_>) -> Result<bool>;
         fn synchronize(&self) -> Result<()>;
         fn finished(&self, timeout_ns: u64) -> Result<bool>;
         fn fork(&self) -> Result<()>;
         fn join(&self) -> Result<()>;
+        fn join_early(&self) -> Result<()>;
         fn record(&self) -> Result<bool>;
         fn replay(&self, program: u64) -> Result<()>;
     }

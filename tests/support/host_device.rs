@@ -2,7 +2,7 @@
 //! Memory is host memory, filled with NaN bytes and surrounded by them. Copies from and to `alloc_host`
 //! memory are made as late as a GPU might make them: before the next launch, or when waited for.
 
-use polar_sparsity::backend::cuda::device::{self, Device};
+use polar_sparsity::backend::cuda::device::{self, Device, Product};
 use polar_sparsity::backend::cuda::launch::{Launch, NAMES, find};
 use polar_sparsity::backend::cuda::params::{LinearParams, Ptr};
 use polar_sparsity::dtype::DType;
@@ -504,20 +504,31 @@ impl Device for Host {
         }
         self.take(Entry::Beside((*launch, params.to_vec())))
     }
+    fn join_early(&self) -> Result<()> {
+        self.join()
+    }
     fn join(&self) -> Result<()> {
         self.take(Entry::Join)
     }
-    fn product(&self, p: &LinearParams, transposed: bool, dtype: DType, _: Option<&Launch>) -> Result<bool> {
+    fn product(&self, of: &Product<'_>) -> Result<bool> {
         if !self.library {
             return Ok(false);
         }
+        let &Product { params: p, transposed, dtype, beside, .. } = of;
         let (layout, t) =
             (if transposed { "nn" } else { "nt" }, if dtype == DType::F16 { "f16" } else { "bf16" });
         let name = format!("linear_tile_{layout}_{t}");
         let kernel = find(&name).expect("a kernel");
         let grid = (p.rows.div_ceil(128), p.n.div_ceil(128));
         let launch = Launch::new(kernel, grid, 256, 3 * (128 + 128) * 64 * 2);
+        if let Some((launch, params)) = beside {
+            self.fork()?;
+            self.start_beside(launch, params)?;
+        }
         device::start(self, &launch, &LinearParams { splits: 1, ..*p })?;
+        if beside.is_some() {
+            self.join()?;
+        }
         Ok(true)
     }
     fn synchronize(&self) -> Result<()> {

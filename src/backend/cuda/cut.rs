@@ -79,6 +79,8 @@ impl WideCut {
     /// Blocks a multiprocessor, and bytes of each.
     const PER_SM: u32 = 2;
     const ROOM: u32 = 113 << 10;
+    /// Blocks of a cluster.
+    const MOST_CLUSTER: u32 = 8;
     /// Stages by variant, of matrices stored `[n, k]` and `[k, n]`.
     const DEPTH: [[u32; 4]; 2] = [[6, 6, 5, 4], [6, 5, 5, 4]];
 
@@ -86,8 +88,7 @@ impl WideCut {
     pub(super) fn new(rows: u32, n: u32, k: u32, k_lines: bool, multiprocessors: u32) -> Option<WideCut> {
         let variant = variant(rows);
         let (tiles, steps) = (n.div_ceil(Self::COLUMNS), k.div_ceil(Self::STEP));
-        let stage = (Self::COLUMNS + (8 << variant)) * 2 * Self::STEP;
-        let stages = Self::DEPTH[usize::from(k_lines)][variant] * stage;
+        let stages = Self::stages(variant, k_lines);
         let most = (steps / 4).min(MAX_DOWN_SPLITS);
         let mut parts = splits(tiles, Self::PER_SM * multiprocessors, steps, most);
         let mut list = 0;
@@ -98,6 +99,26 @@ impl WideCut {
         }
         let fits = parts <= MAX_DOWN_SPLITS && stages + list <= Self::ROOM;
         fits.then_some(WideCut { variant, grid: (tiles, parts), shared: stages + list })
+    }
+
+    /// For the product with its activation, whose parts are a cluster's.
+    pub(super) fn activated(rows: u32, n: u32, k: u32, multiprocessors: u32) -> WideCut {
+        let variant = variant(rows);
+        let (tiles, steps) = (n.div_ceil(Self::COLUMNS), k.div_ceil(Self::STEP));
+        let time = |parts: u32| {
+            // Clusters of more than two find nine places of ten, since the groups of multiprocessors they run in are uneven
+            // (an H200 runs 79 of three, 62 of four). One in 64 more than that hardly shows.
+            let places = Self::PER_SM * multiprocessors * if parts > 2 { 9 } else { 10 } / 10;
+            let waves = (tiles - tiles / 64).div_ceil((places / parts).max(1));
+            f64::from(waves) * (f64::from(steps) / f64::from(parts) + FILL_STEPS)
+        };
+        let most = (steps / 4).clamp(1, Self::MOST_CLUSTER);
+        let parts = (1..=most).min_by(|&a, &b| time(a).total_cmp(&time(b))).unwrap_or(1);
+        WideCut { variant, grid: (tiles, parts), shared: Self::stages(variant, false) }
+    }
+
+    fn stages(variant: usize, k_lines: bool) -> u32 {
+        Self::DEPTH[usize::from(k_lines)][variant] * (Self::COLUMNS + (8 << variant)) * 2 * Self::STEP
     }
 }
 
@@ -120,18 +141,16 @@ impl ActivatedCut {
     /// Lines whose sums are added at a time.
     const ROUND: u32 = 7 * Self::LINES;
 
-    /// For so many lines of `w` of `k`, `per` for each neuron. None where the kernel does not serve, or two blocks have no
+    /// For so many lines of `w` of `k`, `per` for each neuron; `reserved`: multiprocessors where the kernel ahead leaves no room
+    /// for a second block, which would start on its weights late. None where the kernel does not serve, or two blocks have no
     /// room on a multiprocessor.
-    ///
-    /// The norm ahead fills a multiprocessor for each row: blocks are as many as have room beside it, so that all of them
-    /// start on their weights meanwhile.
     pub(super) fn new(
         rows: u32,
         (n, per, k): (u32, u32, u32),
-        multiprocessors: u32,
+        (multiprocessors, reserved): (u32, u32),
         shared_per_block: u32,
     ) -> Option<ActivatedCut> {
-        let free = if multiprocessors > 4 * rows { multiprocessors - rows } else { multiprocessors };
+        let free = if multiprocessors > 4 * reserved { multiprocessors - reserved } else { multiprocessors };
         let blocks = (n * per).div_ceil(Self::LINES).clamp(1, 2 * free);
         let lines = (n.div_ceil(blocks) * per).next_multiple_of(Self::LINES);
         let shared =
@@ -175,6 +194,14 @@ mod tests {
                     assert!(2 * (cut.shared + 1024) <= 228 << 10, "{rows} rows, {n} x {k}: {}", cut.shared);
                     assert!(cut.grid.1 <= MAX_DOWN_SPLITS && cut.grid.0 * 128 >= n);
                 }
+            }
+            // With their activation the parts are a cluster's.
+            for (n, k, want) in
+                [(8, 8, 1), (10_160, 4096, 3), (8448, 4096, 3), (16_384, 4096, 2), (1632, 4096, 8)]
+            {
+                let cut = WideCut::activated(rows, n, k, 132);
+                assert_eq!(cut.grid, (n.div_ceil(128), want), "{rows} rows, {n} x {k}");
+                assert!(2 * (cut.shared + 1024) <= 228 << 10);
             }
             // A list of more rows than 16 parts have room for.
             assert!(WideCut::new(rows, 4096, 400_000, true, 132).is_none());

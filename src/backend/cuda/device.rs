@@ -7,6 +7,22 @@ use crate::dtype::DType;
 use crate::error::Result;
 use std::ptr::NonNull;
 
+/// A product for a vendor's library.
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// As our own kernel takes it, but for the parts.
+    pub params: &'a LinearParams,
+    /// The matrix is stored `[k, n]`.
+    pub transposed: bool,
+    /// Of both factors.
+    pub dtype: DType,
+    /// Our kernel for it, which may turn out faster.
+    pub own: Option<&'a Launch>,
+    /// A kernel and its parameters that run beside the product, between a fork and a join: how fast both are depends on
+    /// the room that the product leaves.
+    pub beside: Option<(&'a Launch, &'a [u8])>,
+}
+
 /// A device with one stream. Calls take effect in the order they are made, but for the side work between
 /// [`Device::fork`] and [`Device::join`].
 pub trait Device: Send + Sync + 'static {
@@ -57,15 +73,12 @@ pub trait Device: Send + Sync + 'static {
     /// What is started from here on waits for the side work, and its first kernel for everything before it.
     /// Without side work, nothing happens.
     fn join(&self) -> Result<()>;
-    /// Starts a product by a vendor's library, sums in one part; `transposed`: the matrix is stored
-    /// `[k, n]`; `own`: our kernel for it, which may turn out faster. False: use that kernel.
-    fn product(
-        &self,
-        params: &LinearParams,
-        transposed: bool,
-        dtype: DType,
-        own: Option<&Launch>,
-    ) -> Result<bool>;
+    /// The same, but the first kernel may be started before the side's last one and the one ahead of it end, for which it
+    /// waits by itself.
+    fn join_early(&self) -> Result<()>;
+    /// Starts a product by a vendor's library, sums in one part, and what goes beside it. False: it starts nothing, use our
+    /// own kernel.
+    fn product(&self, of: &Product<'_>) -> Result<bool>;
     /// Waits for everything started.
     fn synchronize(&self) -> Result<()>;
 
@@ -96,7 +109,8 @@ pub fn start_beside<D: Device + ?Sized, P: Params>(device: &D, launch: &Launch, 
     device.start_beside(launch, bytes_of(params))
 }
 
-fn bytes_of<P: Params>(params: &P) -> &[u8] {
+/// What a kernel is started with.
+pub fn bytes_of<P: Params>(params: &P) -> &[u8] {
     // SAFETY: `Params` are plain repr(C) structs; their bytes are read only.
     unsafe { std::slice::from_raw_parts((&raw const *params).cast::<u8>(), size_of::<P>()) }
 }
@@ -134,7 +148,8 @@ forward! {
     fn fork(&self) -> Result<()>;
     fn start_beside(&self, launch: &Launch, params: &[u8]) -> Result<()>;
     fn join(&self) -> Result<()>;
-    fn product(&self, params: &LinearParams, transposed: bool, dtype: DType, own: Option<&Launch>) -> Result<bool>;
+    fn join_early(&self) -> Result<()>;
+    fn product(&self, of: &Product<'_>) -> Result<bool>;
     fn synchronize(&self) -> Result<()>;
     fn finished(&self, timeout_ns: u64) -> Result<bool>;
     fn record(&self) -> Result<bool>;

@@ -5,17 +5,16 @@
 //! The primary context is pushed at each entry and popped on the way out, so a host's own current
 //! context is left as it was. The device is never reset.
 
-use super::device::Device;
+use super::device::{Device, Product};
 use super::launch::Launch;
 pub use super::library::Choice;
 use super::library::{Contest, Library, WORKSPACE, Work};
 use super::module::{Module, has_warpgroups, missing_kernels};
-use super::params::{LinearParams, Ptr};
+use super::params::Ptr;
 pub use super::probe::{Found, count, describe};
 use super::probe::{check, with_driver};
 use super::side::{Lane, Side};
 use super::stopwatch::Flush;
-use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::c_int;
@@ -389,32 +388,42 @@ impl Device for Driver {
 
     fn join(&self) -> Result<()> {
         let _entered = self.enter()?;
-        self.side.join(self.current())
+        self.side.join(self.current(), false)
     }
 
-    fn product(
-        &self,
-        params: &LinearParams,
-        transposed: bool,
-        dtype: DType,
-        own: Option<&Launch>,
-    ) -> Result<bool> {
+    fn join_early(&self) -> Result<()> {
+        let _entered = self.enter()?;
+        self.side.join(self.current(), true)
+    }
+
+    fn product(&self, of: &Product<'_>) -> Result<bool> {
         let _entered = self.enter()?;
         let Some(library) = &self.library else { return Ok(false) };
         let stream = self.current();
-        if let Some(known) = library.known(params, transposed, dtype, stream.cast())? {
+        let with_side = |product: &Work<'_>| match of.beside {
+            None => product(),
+            Some((launch, params)) => {
+                self.side.fork(stream)?;
+                let started = self.start_beside(launch, params).and_then(|()| product());
+                self.side.join(stream, true).and(started)
+            }
+        };
+        if let Some(known) = library.known(of, stream.cast(), &with_side)? {
             return Ok(known);
         }
         // A recording runs nothing, so nothing can be timed while it lasts.
-        let timed = self.timed && stream == self.stream && params.rows <= TIMED_ROWS;
+        let timed = self.timed && stream == self.stream && of.params.rows <= TIMED_ROWS;
         let flush = timed.then(Flush::new);
         let time = |work: &Work<'_>| match &flush {
-            Some(flush) => self.time_cold(flush, work),
+            Some(flush) => self.time_cold(flush, &|| with_side(work)),
             None => Ok(f32::INFINITY),
         };
-        let start_own = own.map(|launch| move || super::device::start(self, launch, params));
-        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &Work<'_>) };
-        library.choose(params, transposed, dtype, stream.cast(), timed.then_some(&contest))
+        let start_own = of.own.map(|launch| move || super::device::start(self, launch, of.params));
+        let beside = of.beside.map_or(0.0, |(launch, _)| {
+            (launch.grid.0 * launch.grid.1) as f32 / self.multiprocessors() as f32
+        });
+        let contest = Contest { time: &time, own: start_own.as_ref().map(|f| f as &Work<'_>), beside };
+        library.choose(of, stream.cast(), timed.then_some(&contest), &with_side)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -78,7 +78,7 @@ macro_rules! names {
 
 names! { "embed" "qkv" "qkv_whole" "qkv_long" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
 "mlp_down";
-by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "router_scores" }
+by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "linear_wide_activated" "router_scores" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -191,6 +191,8 @@ pub struct Kernels {
     down: [Id; 3],
     /// Matrices stored `[n, k]`, and `[k, n]`.
     pub(super) wide: [[Id; 4]; 2],
+    /// With their activation.
+    pub(super) wide_activated: [Id; 4],
     /// Whether the GPU has those, and clusters of blocks.
     pub(super) warpgroups: bool,
     mlp_down: Id,
@@ -288,6 +290,7 @@ impl Kernels {
             narrow: by_name("narrow_rows")?,
             down: by_size("linear_down")?,
             wide: [by_rows("linear_wide")?, by_rows("linear_wide_down")?],
+            wide_activated: by_rows("linear_wide_activated")?,
             mlp_down: each("mlp_down")?,
             warpgroups: false,
             tuning: Tuning::default(),
@@ -496,7 +499,7 @@ impl Kernels {
         self.skinny(self.skinny, SkinnyCut::new(rows, SkinnyCut::DEPTH), MOST_SKINNY, (n, k))
     }
 
-    /// The same for listed rows of `w`, the list ready before the kernel ahead began; up to [`SKINNY_ROWS`].
+    /// The same for listed rows of `w`, the list ready before the kernel ahead lets this one start; up to [`SKINNY_ROWS`].
     ///
     /// With few rows and neurons it leaves room for the down product beside it, so that both load their weights while the
     /// norm ahead runs.

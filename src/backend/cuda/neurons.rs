@@ -9,10 +9,10 @@
 //! Elsewhere the router is a chain beside QKV and attention. Main: attention norm, router down, QKV, attention, output
 //! projection, MLP norm, up, down. Side: fork after router down; its bytes, scores, selection; join before the MLP norm.
 //! Router down is in line because it is small and its blocks would wait for those of QKV, which come early, to end: what
-//! depends on it can then take the places that QKV's first blocks leave. The join makes the norm start in order, not
-//! early, so the list is complete before that norm begins.
+//! depends on it can then take the places that QKV's first blocks leave. The norm waits for the side too, and lets its
+//! successor start only then.
 //!
-//! Either way, what comes after that norm may read the list, and start on weights, before the kernels ahead end. No buffer
+//! Either way, what comes after that norm may read the list, and start on weights, before the norm ends. No buffer
 //! that the side writes is used by the main stream in between, nor the other way round.
 
 use super::Cuda;

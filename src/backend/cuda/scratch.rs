@@ -101,6 +101,8 @@ pub struct CudaScratch<D: Device> {
     pub(super) scored: Option<Routing>,
     /// Attention chose the layer's neurons, so the list is complete only when what comes after it has waited.
     pub(super) list_is_late: bool,
+    /// The side stream chooses them, so it is complete only when the kernel behind the join has waited.
+    pub(super) list_is_beside: bool,
     pub(super) sampling: Sampling<D>,
 }
 
@@ -156,6 +158,7 @@ impl<D: Device> CudaScratch<D> {
             heads_selected: None,
             scored: None,
             list_is_late: false,
+            list_is_beside: false,
             sampling: Sampling::new(device, k, limits.max_batch, s.vocab)?,
         })
     }

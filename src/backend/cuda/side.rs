@@ -10,7 +10,7 @@ use super::probe::check;
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUstream};
 use std::cell::Cell;
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Which of a thread's two streams a launch goes to.
@@ -128,16 +128,19 @@ impl Side {
         (main, Lane::Main)
     }
 
-    /// What comes next on `main` waits for the side work, and its first launch is in order.
-    pub(super) fn join(&self, main: CUstream) -> Result<()> {
-        let mine = self.has_forked();
-        if IN_LINE.replace(false) || mine {
+    /// What comes next on `main` waits for the side work, and its first launch is in order; `early`: in a recording that
+    /// launch, of a kernel that waits by itself, may come before the side's last kernel ends.
+    pub(super) fn join(&self, main: CUstream, early: bool) -> Result<()> {
+        let (mine, in_line) = (self.has_forked(), IN_LINE.replace(false));
+        let met_early = if mine && early && !in_line { meet_early(self.stream, main) } else { Ok(false) };
+        if (mine || in_line) && !matches!(met_early, Ok(true)) {
             Lane::Main.order_next();
         }
         if !mine {
             return Ok(());
         }
-        let met = meet(self.stream, self.events[1], main);
+        let met =
+            met_early.and_then(|met| if met { Ok(()) } else { meet(self.stream, self.events[1], main) });
         self.leave();
         met
     }
@@ -174,4 +177,37 @@ fn meet(first: CUstream, event: sys::CUevent, second: CUstream) -> Result<()> {
         check("CUDA event", sys::cuEventRecord(event, first))?;
         check("CUDA event", sys::cuStreamWaitEvent(second, event, 0))
     }
+}
+
+/// The same in a recording, as an edge that lets what comes next start as soon as the last kernel on `first` lets it.
+/// False: there is no recording, or no such edge.
+fn meet_early(first: CUstream, second: CUstream) -> Result<bool> {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let (mut id, mut graph, mut nodes, mut edges, mut count) = (0, null_mut(), null(), null(), 0);
+    // SAFETY: out-parameters are local; the nodes are the capture's, and only copied.
+    unsafe {
+        let info = sys::cuStreamGetCaptureInfo_v3(
+            first,
+            &mut status,
+            &mut id,
+            &mut graph,
+            &mut nodes,
+            &mut edges,
+            &mut count,
+        );
+        check("graph capture", info)?;
+        if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE || count != 1 {
+            return Ok(false);
+        }
+        let mut last = *nodes;
+        let edge = sys::CUgraphEdgeData {
+            from_port: sys::CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC as u8,
+            to_port: 0,
+            type_: sys::CUgraphDependencyType::CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC as u8,
+            reserved: [0; 5],
+        };
+        let add = sys::CUstreamUpdateCaptureDependencies_flags::CU_STREAM_ADD_CAPTURE_DEPENDENCIES as u32;
+        check("graph edge", sys::cuStreamUpdateCaptureDependencies_v2(second, &mut last, &edge, 1, add))?;
+    }
+    Ok(true)
 }

@@ -1,7 +1,7 @@
 //! What each stage launches. No product has an epilogue: it leaves sums, and the kernel that comes
 //! next adds them, with bias and activation.
 
-use super::device::{Device, start};
+use super::device::{Device, Product, bytes_of, start};
 use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::routers::{CudaRouters, LayerRouters};
@@ -40,18 +40,20 @@ impl<D: Device> Cuda<D> {
         start(&*self.device, launch, params)
     }
 
-    /// Hands a product of many rows to the device's library, if it has one: sums in one part.
+    /// Hands a product of many rows to the device's library, if it has one, with what goes beside it: sums in one part.
     fn by_library(
         &self,
         s: &CudaScratch<D>,
         (own, params): &(Launch, LinearParams),
         transposed: bool,
+        beside: Option<(&Launch, &[u8])>,
     ) -> Result<Option<Partial>> {
         let many = params.rows > LIBRARY_ROWS || params.n >= LIBRARY_COLUMNS || transposed;
         if !many || params.index != Ptr::NULL {
             return Ok(None);
         }
-        let taken = self.device.product(params, transposed, s.shape.dtype, Some(own))?;
+        let dtype = s.shape.dtype;
+        let taken = self.device.product(&Product { params, transposed, dtype, own: Some(own), beside })?;
         Ok(taken.then(|| Partial { splits: 1, ..params.sums() }))
     }
 
@@ -62,7 +64,7 @@ impl<D: Device> Cuda<D> {
         own: &(Launch, LinearParams),
         transposed: bool,
     ) -> Result<Partial> {
-        if let Some(sums) = self.by_library(s, own, transposed)? {
+        if let Some(sums) = self.by_library(s, own, transposed, None)? {
             return Ok(sums);
         }
         self.go(s, &own.0, &own.1)?;
@@ -164,6 +166,7 @@ impl<D: Device> Cuda<D> {
         let routing = self.routing(of_layer, s, step, layer);
         let (along, apart) = (routing.filter(|r| r.along), routing.filter(|r| !r.along));
         s.scored = along;
+        s.list_is_beside = apart.is_some();
         let sums = apart.map(|r| self.route_apart(s, &r)).transpose()?;
         // Where the attention router's product is on the side too, it goes first.
         let first = router.is_none() || s.kernels.carries_router(rows, s.shape.qkv() as u32);
@@ -268,11 +271,17 @@ impl<D: Device> Cuda<D> {
         of: (Ptr, Ptr),
         size: (u32, u32, u32),
     ) -> Result<Partial> {
+        let own = s.kernels.product(of, size, s.buffers.sums);
+        if s.kernels.tuning.beside
+            && let Some(qkv) = self.by_library(s, &own, false, Some((launch, bytes_of(small))))?
+        {
+            return Ok(qkv);
+        }
         self.fork(s)?;
         self.go_beside(launch, small)?;
-        let qkv = self.product(s, of, size, s.buffers.sums)?;
-        self.device.join()?;
-        Ok(qkv)
+        self.go(s, &own.0, &own.1)?;
+        self.device.join_early()?;
+        Ok(own.1.sums())
     }
 
     /// What to select the heads of a layer by.
@@ -403,6 +412,7 @@ impl<D: Device> Cuda<D> {
                 }
                 self.go(s, &launch, &params)?;
                 s.list_is_late = chooses;
+                s.list_is_beside = !chooses;
                 if !chooses {
                     self.fork(s)?;
                     self.select_neurons(s, step, &routing)?;
@@ -431,7 +441,7 @@ impl<D: Device> Cuda<D> {
         if s.list_is_late {
             own.1.late = LATE_SUCCESSOR;
         }
-        let sum = match self.by_library(s, &own, false)? {
+        let sum = match self.by_library(s, &own, false, None)? {
             Some(sum) => sum,
             None => {
                 self.go(s, &own.0, &own.1)?;
@@ -452,8 +462,8 @@ impl<D: Device> Cuda<D> {
         live: Live,
     ) -> Result<()> {
         let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
-        self.device.join()?;
-        let late = std::mem::take(&mut s.list_is_late);
+        self.device.join_early()?;
+        let late = std::mem::take(&mut s.list_is_late) | std::mem::take(&mut s.list_is_beside);
         self.norm(w, s, l.mlp_norm, (b.h, Ptr::NULL, rows), late)?;
         if live == Live::Selected && self.selected_mlp(w, s, step, layer)? {
             return Ok(());
