@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plots of a GPU benchmark's records.
 
-    tools/plot_gpu.py benches/results/h200.jsonl [more.jsonl ...] [--out FOLDER]
+    tools/plot_gpu.py benches/results/h200.jsonl [rivals.jsonl ...] [--out FOLDER]
 
 Draws two PNG files beside the first one, named after it: `-speedup` (Polar over dense, by batch and
 context, with what the bytes allow and, where recorded, the roofline) and `-bandwidth` (each kernel
@@ -25,11 +25,13 @@ SOURCES = {"polar": "#08519c", "sdpa": "#fdae6b", "flashinfer": "#e6550d", "refe
 
 
 def read(paths):
+    """All of the first file, and the rivals of the others: their own records are of another day."""
     records = []
     for path in paths:
         for line in path.read_text().splitlines():
-            if line.strip():
-                records.append(json.loads(line))
+            record = json.loads(line) if line.strip() else None
+            if record and (path == paths[0] or record["kind"] == "rival"):
+                records.append(record)
     return records
 
 
