@@ -100,6 +100,26 @@ fn a_context_decides_whether_products_are_timed() {
     assert!(every > 0 && none == 0, "{untimed}");
 }
 
+/// Work on the second stream, in recorded steps too: the MLP router's chain of one sequence, and of many the attention
+/// router's product beside QKV's, which is the library's, and timed with it. All three layers choose neurons, all but the
+/// first one heads.
+#[test]
+fn recorded_steps_join_what_runs_beside_them() {
+    let library = Library::link(scratch("mock-beside"));
+    let (program, driver) = (program(&library, "tests/c/beside.c"), driver_with_library());
+    let settings = [("MOCK_MEMORY", "100000000"), ("MOCK_EDGES", "1")];
+    for (requests, wanted) in [("1", "5 tokens\n3 early edges"), ("70", "350 tokens\n5 early edges")] {
+        let mut command = command(&library, &program, &driver, &settings);
+        command.arg(root().join("tests/data/golden")).arg(requests);
+        let (status, text) = start(command);
+        if !cfg!(polar_kernels) {
+            assert!(text.contains("this build has no kernels"), "{text}");
+            return;
+        }
+        assert!(status == Some(0) && text.contains(wanted), "{status:?} {text}");
+    }
+}
+
 /// What `devices` prints of the GPUs, and of a context that wants nothing else.
 fn devices(
     library: &Library,

@@ -7,7 +7,8 @@
 //
 // Environment: MOCK_DEVICES (1), MOCK_VERSION (13000), MOCK_CAPABILITY (90), MOCK_MEMORY (bytes, 1 GiB),
 // MOCK_FAIL ("name n code": the n-th call of that function answers with that code), MOCK_KERNELS (0: the
-// image has none for this device). -DWITHOUT_VERSION and -DWITHOUT_FUNC_LOAD leave a function out.
+// image has none for this device), MOCK_EDGES (1: when the process ends, standard output gets how many early edges were
+// recorded). -DWITHOUT_VERSION and -DWITHOUT_FUNC_LOAD leave a function out.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +19,7 @@
 #include <string>
 #include <vector>
 #include "../../cuda/host/executor.h"
+#include "../../cuda/params.h"
 #include "cuda.h"
 
 extern "C" int polar_host_launch(const char*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, const void*);
@@ -157,10 +159,10 @@ struct Config { unsigned x, y, z, threads, ty, tz, shared; void* stream; const A
 CALL(cuLaunchKernelEx, const Config* c, Function* f, void** arguments, void**)
     if (f->module->context != top() || !f->loaded) return INVALID_HANDLE;
     if (!c->x || !c->y || c->threads > 1024 || c->shared > 227 * 1024) return INVALID_VALUE;
-    // The driver copies as many bytes as the kernel's parameters have; ours have at most 256.
-    std::vector<unsigned char> parameters(256 + 16);
+    // The driver copies as many bytes as the kernel's parameters have; none of ours have more than these.
+    std::vector<unsigned char> parameters(sizeof(DecodeParams));
     const unsigned char* from = (const unsigned char*)arguments[0];
-    for (size_t i = 0; i < 256; i++) parameters[i] = ((const volatile unsigned char*)from)[i];
+    for (size_t i = 0; i < parameters.size(); i++) parameters[i] = ((const volatile unsigned char*)from)[i];
     const Config config = *c;
     unsigned cluster = 1;
     for (unsigned i = 0; i < config.count; i++)
@@ -240,7 +242,14 @@ CALL(cuStreamGetCaptureInfo_v3, Stream* s, int* status, uint64_t* id, void** gra
     *nodes = &last;
     *count = *status;
 END
-CALL(cuStreamUpdateCaptureDependencies_v2, Stream* s, void**, void*, size_t, unsigned) if (!s || !s->into) return CAPTURE; END
+CALL(cuStreamUpdateCaptureDependencies_v2, Stream* s, void**, void*, size_t, unsigned)
+    static struct Edges {
+        unsigned recorded;
+        ~Edges() { if (setting("MOCK_EDGES", 0)) printf("%u early edges\n", recorded), fflush(stdout); }
+    } edges;
+    if (!s || !s->into) return CAPTURE;
+    edges.recorded++;
+END
 CALL(cuGraphInstantiateWithFlags, std::vector<Work>** exec, std::vector<Work>* graph, unsigned long long) *exec = new std::vector<Work>(*graph); END
 CALL(cuGraphLaunch, std::vector<Work>* exec, void* stream)
     for (const Work& work : *exec)
