@@ -4,13 +4,8 @@
 
 int main(int argc, char **argv) {
   polar_error err = POLAR_ERROR_INIT;
-  polar_context_options o;
-  polar_context *ctx = NULL;
   CHECK(argc > 2);
-  polar_context_options_init(&o, sizeof o);
-  o.backend = POLAR_BACKEND_CUDA;
-  o.threads = 1;
-  OK(polar_context_create(&o, &ctx, &err));
+  polar_context *ctx = gpu_context(0);
   polar_model *model = load_model(ctx, argv[1], "opt_f32");
   polar_routers *routers = load_routers(model, argv[1], "opt_f32");
   polar_engine_options options = engine_options();

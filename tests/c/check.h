@@ -32,17 +32,33 @@
 
 #define FOREVER UINT64_MAX
 
+static inline polar_context_options context_options(polar_backend backend, uint32_t threads) {
+  polar_context_options o;
+  polar_context_options_init(&o, sizeof o);
+  o.backend = backend;
+  o.threads = threads;
+  return o;
+}
+
+static inline polar_context *open_context(const polar_context_options *o) {
+  polar_error err = POLAR_ERROR_INIT;
+  polar_context *ctx = NULL;
+  OK(polar_context_create(o, &ctx, &err));
+  return ctx;
+}
+
 /* A context with a small pool. */
 static inline polar_context *new_context(void) {
-  polar_error err = POLAR_ERROR_INIT;
-  polar_context_options o;
-  polar_context *ctx = NULL;
-  polar_context_options_init(&o, sizeof o);
-  o.backend = POLAR_BACKEND_CPU;
-  o.threads = 2;
+  polar_context_options o = context_options(POLAR_BACKEND_CPU, 2);
   o.log_level = POLAR_LOG_DEBUG;
-  OK(polar_context_create(&o, &ctx, &err));
-  return ctx;
+  return open_context(&o);
+}
+
+/* A context on the first GPU. */
+static inline polar_context *gpu_context(polar_context_flags flags) {
+  polar_context_options o = context_options(POLAR_BACKEND_CUDA, 1);
+  o.flags = flags;
+  return open_context(&o);
 }
 
 /* A model of the golden data; `data` is their folder. */

@@ -403,9 +403,9 @@ impl Device for Driver {
         let with_side = |product: &Work<'_>| match of.beside {
             None => product(),
             Some((launch, params)) => {
-                self.side.fork(stream)?;
+                self.fork()?;
                 let started = self.start_beside(launch, params).and_then(|()| product());
-                self.side.join(stream, true).and(started)
+                self.join_early().and(started)
             }
         };
         if let Some(known) = library.known(of, stream.cast(), &with_side)? {

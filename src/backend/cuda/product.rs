@@ -59,7 +59,7 @@ impl Kernels {
         let launch = if let Some(ActivatedCut { blocks, threads, shared }) = few {
             Launch::new(self.activated, (blocks, 1), threads, shared)
         } else {
-            // From there on the device's library is faster; but it reads no list.
+            // With more columns the device's library is faster; but it reads no list.
             let own = listed || n <= LIBRARY_COLUMNS;
             if !self.warpgroups || gated || !own || rows > SKINNY_ROWS || !n.is_multiple_of(2) {
                 return None;
