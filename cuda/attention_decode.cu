@@ -125,7 +125,7 @@ template <int WARPS, bool CLUSTER> struct Loads {
     template <int HD> DEVICE_MEMBER void issue(const DecodeParams& p, unsigned char* ring, TileBarrier* barriers) {
         if (!more) return;
         if (page >= ids_from + 32 * apart) find_ids(p);
-        if (head == NONE) head = p.selected ? p.selected[segment.b * p.kv_heads + segment.slot] : segment.slot;
+        if (head == NONE) head = p.selected ? load_early(p.selected + segment.b * p.kv_heads + segment.slot) : segment.slot;
         const uint32_t id = shuffle(ids, (page - ids_from) / apart);
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
         const char* from = (const char*)p.kv + id * p.page_stride + head * p.head_stride;
@@ -206,7 +206,7 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     SHARED_BYTES(shared);
     const uint32_t group = p.heads / p.kv_heads;
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
-    let_next_start();
+    if (!p.late) let_next_start();
     // What the router multiplies takes the place of all pages of a warp but the first.
     Scoring<WARPS, SCORED> scoring(p, shared + WARPS * BYTES);
     if (scoring.chooses()) return scoring.choose(shared);
@@ -223,7 +223,7 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     const bool idle = line == 0 || worker >= workers;
     if (idle && !SCORED) {
         wait_for_previous();
-        return;
+        return;  // which lets the next start, too
     }
     if (CLUSTER) cluster_arrive();
 
@@ -264,9 +264,10 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     loads.issued = loads.stage = 0;
     loads.open(p);
     const uint32_t ahead = SCORED ? 1 : p.stages - 1;
-    if (p.early && !p.selected)
+    if (p.early & EARLY_PAGES && (!p.selected || p.early & EARLY_SELECTED))
         while (loads.issued < ahead && loads.settled()) loads.template issue<HD>(p, ring, barriers);
     wait_for_previous();
+    if (p.late) let_next_start();
     scoring.begin();
     while (loads.issued < ahead && loads.more) loads.template issue<HD>(p, ring, barriers);
     scoring.finish();

@@ -5,6 +5,7 @@
 #include "router_bytes.cu"
 #include "linear_down.cu"
 #include "linear_wide.cu"
+#include "linear_heads.cu"
 #include "linear_tile.cu"
 #include "linear_activated.cu"
 #include "rows.cu"

@@ -61,20 +61,6 @@ struct LinearParams {
     uint32_t late;          // LATE_..., by linear_skinny and linear_wide
 };
 
-// Second product of a selective ReLU MLP, from the sums that the first one left.
-struct DownParams {
-    Partial up;             // columns k
-    const void* up_bias;    // T by neuron, null: none
-    const void* w;          // T [neurons][n]
-    const uint32_t* index;  // [k] neurons, complete before the kernel ahead let this one start
-    float* out;             // [splits][rows][n]
-    uint32_t rows;
-    uint32_t n;
-    uint32_t k;             // a multiple of 8
-    uint32_t valid;         // columns of `up` from here on count as zero
-    uint32_t splits;
-};
-
 // Which units each decode sequence keeps.
 struct SelectParams {
     Partial logits;        // columns 0 .. units * per_unit of it; by_unit: [splits][units * per_unit][sequences]
@@ -89,6 +75,43 @@ struct SelectParams {
     uint32_t per_unit;     // the router's rows per unit
     uint32_t unit_width;   // multiple of 8
     uint32_t by_unit;
+};
+
+// A layer's q, k and v, its attention router's logits and the choice by them, of one sequence: linear_heads.cu. Nothing of
+// `attention` is made zero: ChosenParams do not need it.
+struct ChoosingParams {
+    LinearParams product;  // `more`: the router's rows; `first` a multiple of 128; splits of k and v, of at least five steps of 64 k
+    SelectParams select;   // by the logits among the product's sums, in splits of their own; unit_width a multiple of 128
+    uint32_t* arrived;     // [0] blocks that have logits, zero before the launch; the kernel that comes next makes it so again
+                           // [1] becomes the splits of q
+    uint32_t q;            // columns of q, which come first: units * unit_width
+    uint32_t routing;      // blocks that have the router's rows; the others have k and v, and are as many as q has tiles or more
+};
+
+// Most splits of q.
+constexpr uint32_t MOST_Q_PARTS = 16;
+
+// The output projection of what attention over these heads left, up to 8 rows: linear_heads.cu.
+struct ChosenParams {
+    LinearParams product;      // k: units of equal width, a multiple of 64
+    const uint16_t* selected;  // as SelectParams leaves it; complete before the kernel ahead let this one start
+    const uint32_t* keep;
+    uint32_t sequences;
+    uint32_t units;            // up to 256
+};
+
+// Second product of a selective ReLU MLP, from the sums that the first one left.
+struct DownParams {
+    Partial up;             // columns k
+    const void* up_bias;    // T by neuron, null: none
+    const void* w;          // T [neurons][n]
+    const uint32_t* index;  // [k] neurons, complete before the kernel ahead let this one start
+    float* out;             // [splits][rows][n]
+    uint32_t rows;
+    uint32_t n;
+    uint32_t k;             // a multiple of 8
+    uint32_t valid;         // columns of `up` from here on count as zero
+    uint32_t splits;
 };
 
 // Rows of sums as bytes with a scale each, as router_bytes.cuh multiplies them.
@@ -121,6 +144,7 @@ struct QkvParams {
     float epsilon;
     SelectParams select;  // sequences 0: no selection; else by blocks of a y of their own
     NarrowParams narrow;  // the same, of the last y
+    uint32_t* arrived;    // qkv_chosen: as ChoosingParams has it; else null
 };
 
 // The MLP router's second product from bytes, as scores of the neurons: router_bytes.cuh.
@@ -156,6 +180,9 @@ struct NeuronParams {
     uint32_t first_group;   // group of block 0
 };
 
+// Flags of DecodeParams::early: of each sequence, they write the newest page only; none of them writes `selected`.
+constexpr uint32_t EARLY_PAGES = 1, EARLY_SELECTED = 2;
+
 // One query token per sequence against its pages.
 struct DecodeParams {
     const void* q;              // T [sequences][heads][head_dim], sequences q_stride elements apart
@@ -179,9 +206,9 @@ struct DecodeParams {
     uint32_t kv_heads;
     uint32_t stages;            // pages a warp has room for, at least 2: the one it works on, and those under way
     uint32_t segment_cost;      // virtual pages that opening a segment of a sequence costs
-    uint32_t early;             // not 0: of each sequence, kernels still running write the newest page only
+    uint32_t early;             // EARLY_...: what may be read before the kernels ahead have ended
     float scale;                // of q k, times log2(e)
-    uint32_t reserved;
+    uint32_t late;              // not 0: the kernel after the next may use what the one ahead of this one's wrote
     RouterBytesParams router;   // attention_decode_scored: work of the blocks ahead of their pages
     NeuronParams choice;        // with router.arrived: group 0 alone, by a block more
 };

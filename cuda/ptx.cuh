@@ -62,6 +62,11 @@ DEVICE uint32_t load_early(const uint32_t* p) {
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
     return v;
 }
+DEVICE uint16_t load_early(const uint16_t* p) {
+    uint16_t v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+    return v;
+}
 DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) {
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(__cvta_generic_to_global(p)) : "memory");
@@ -91,7 +96,7 @@ DEVICE uint32_t load_relaxed(const uint32_t* p) {
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 // Blocks of a cluster run at the same time; from compute capability 9.0 on a launch may ask for clusters of several
 // (`Launch::cluster`). All threads of all its blocks arrive, and wait for each other: what a thread wrote before it arrived,
-// the others see once they have waited. A store to where `at` is in another block's shared memory is between two such
+// the others see once they have waited. A store or load where `at` is in another block's shared memory is between two such
 // barriers, of which the first says that the block has begun, and the second that it has not ended.
 #if __CUDA_ARCH__ >= 900
 DEVICE uint32_t cluster_blocks() {
@@ -114,12 +119,22 @@ template <class T> DEVICE void store_in_cluster(T* at, uint32_t block, T v) {
     UNROLL for (uint32_t i = 0; i < sizeof(T) / 4; i += 2)
         asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" :: "r"(to + 4 * i), "r"(w[i]), "r"(w[i + 1]) : "memory");
 }
+template <class T> DEVICE T load_in_cluster(const T* at, uint32_t block) {
+    static_assert(sizeof(T) == 8, "");
+    uint32_t from, w[2];
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(from) : "r"(shared_address(at)), "r"(block));
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(from) : "memory");
+    T v;
+    memcpy(&v, w, 8);
+    return v;
+}
 #else
 DEVICE uint32_t cluster_blocks() { return 1; }
 DEVICE uint32_t cluster_block() { return 0; }
 DEVICE void cluster_arrive() {}
 DEVICE void cluster_wait() {}
 template <class T> DEVICE void store_in_cluster(T* at, uint32_t, T v) { *at = v; }
+template <class T> DEVICE T load_in_cluster(const T* at, uint32_t) { return *at; }
 #endif
 // Until other blocks have counted so far, behind a fence; what they wrote ahead of theirs is seen from here on. The blocks
 // must be running or done, and this one must not have written anything that others see.
@@ -127,7 +142,6 @@ DEVICE void wait_for_count(const uint32_t* p, uint32_t count) {
     uint32_t v;
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
     while (v < count);
-    __threadfence();
 }
 DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) { return atomicOr(p, v); }
 DEVICE uint64_t atomic_add(uint64_t* p, uint64_t v) { return atomicAdd((unsigned long long*)p, (unsigned long long)v); }

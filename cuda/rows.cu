@@ -116,15 +116,17 @@ template <class T, int CHUNKS> DEVICE void norm(const NormParams& p) {
 // Block (row, y): a head of q, k or v for each warp: bias, norm, rotation, write. With rows to narrow the first y does
 // that, and with a selection the next: they take longest, and there may be more blocks than have room at once. Attention
 // over selected heads can load nothing early and its blocks fill the registers: with few rows it starts only when the
-// product has ended, unless it has a router's matrix to load. PAIRS: for heads of up to 128 times that; PARTS: of the sums
+// product has ended, unless it has a router's matrix to load; so it does where the product chose the heads (CHOSEN): then their
+// lists are complete, and it loads pages early. PAIRS: for heads of up to 128 times that; PARTS: of the sums
 // that are under way at once, so that `qkv_whole`, for sums of one part, has room for more blocks.
 constexpr uint32_t FEW_ROWS = 4;
-template <class T, int PAIRS, int PARTS> DEVICE void qkv(const QkvParams& p) {
+template <class T, int PAIRS, int PARTS, bool CHOSEN = false> DEVICE void qkv(const QkvParams& p) {
     const uint32_t row = block_x(), hd = p.head_dim, half = hd / 2;
     const bool selects = p.select.sequences != 0, narrows = p.narrow.sequences != 0;
-    const bool late = selects && !narrows && p.rows <= FEW_ROWS;
+    const bool late = CHOSEN || (selects && !narrows && p.rows <= FEW_ROWS);
     auto wait = [&] {
         wait_for_previous();
+        if (CHOSEN && block_x() == 0 && block_y() == 0 && thread_index() == 0) *p.arrived = 0;
         if (late) let_next_start();
     };
     if (!late) let_next_start();
@@ -162,11 +164,13 @@ template <class T, int PAIRS, int PARTS> DEVICE void qkv(const QkvParams& p) {
         if (i < half && rotation) turn[j] = *(const Floats4*)(rotation + 2 * i);
     }
     wait();
+    Partial of_q = p.qkv;
+    if (CHOSEN && is_q) of_q.splits = p.arrived[1];
     float square = 0;
     UNROLL for (int j = 0; j < PAIRS; j++) {
         const uint32_t i = 2 * lane_index() + 64 * j;
         if (i >= half) continue;
-        partial_sums<2, 2, PARTS>(x[j], p.qkv, p.rows, row, {column + i, column + i + half});
+        partial_sums<2, 2, PARTS>(x[j], CHOSEN ? of_q : p.qkv, p.rows, row, {column + i, column + i + half});
         UNROLL for (int h = 0; h < 2; h++) {
             UNROLL for (int c = 0; c < 2; c++) {
                 x[j][h].v[c] += bias[j][h].v[c];
@@ -253,6 +257,7 @@ template <class T> DEVICE void activate(const ActivateParams& p) {
     KERNEL(1024, 1) norm_##type##_4(const GRID_CONSTANT NormParams p) { rows::norm<type, 4>(p); }                     \
     KERNEL(256, 4) qkv_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 8>(p); }                         \
     KERNEL(256, 6) qkv_whole_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 1>(p); }                    \
+    KERNEL(256, 4) qkv_chosen_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 1, 8, true>(p); }             \
     KERNEL(256, 3) qkv_long_##type(const GRID_CONSTANT QkvParams p) { rows::qkv<type, 2, 8>(p); }                     \
     KERNEL(256, 5) activate_##type(const GRID_CONSTANT ActivateParams p) { rows::activate<type>(p); }
 ROWS(bf16)

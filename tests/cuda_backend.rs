@@ -12,15 +12,16 @@ mod rig;
 
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
-use polar_sparsity::backend::cuda::launch::{Kernels, Tuning};
+use polar_sparsity::backend::cuda::launch::Kernels;
 use polar_sparsity::backend::cuda::line::{Beside, Worker};
+use polar_sparsity::backend::cuda::tuning::Tuning;
 use polar_sparsity::backend::{Backend, Limits};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::format::{Limits as FileLimits, Shards, TensorSource};
 use polar_sparsity::model::{Checkpoint, Weights, load};
 use polar_sparsity::sample::{self, Params};
 use polar_sparsity::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
-use rig::{DENSE, LIMITS, Rig, Setup};
+use rig::{DENSE, LIMITS, Rig, Setup, distance};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -71,14 +72,6 @@ impl Golden {
         let spec = self.model.spec();
         RouterFile::open(&path, &FileLimits::default(), spec, self.model.fingerprint(), false).unwrap()
     }
-}
-
-/// `||got - want|| / ||want||`.
-fn distance(got: &[f32], want: &[f32]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = got.iter().zip(want).map(|(g, w)| square(g - w)).sum();
-    (error / want.iter().map(|&w| square(w)).sum::<f64>()).sqrt()
 }
 
 /// Allowed distance from logits in f32: activations are rounded to 16 bits.

@@ -14,6 +14,9 @@ use host_device::Host;
 use polar_sparsity::Status;
 use polar_sparsity::backend::cuda::Cuda;
 use polar_sparsity::backend::cuda::device::{AnyDevice, Device};
+use polar_sparsity::backend::cuda::heads::Units;
+use polar_sparsity::backend::cuda::launch::Kernels;
+use polar_sparsity::backend::cuda::tuning::Tuning;
 use polar_sparsity::backend::{Backend, Limits, Sampled, WeightOptions};
 use polar_sparsity::dtype::DType;
 use polar_sparsity::engine::{EngineOn, EngineOptions, ModelOn};
@@ -21,7 +24,7 @@ use polar_sparsity::model::ModelSpec;
 use polar_sparsity::sparsity::{MlpMode, Options, RouterFile, SeqSetting, Source};
 use rig::specs::{llama, opt};
 use rig::synthetic::{Rng, Synthetic, routers};
-use rig::{DENSE, LIMITS, Rig, Setup};
+use rig::{DENSE, LIMITS, Rig, Setup, distance};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -48,11 +51,18 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 fn any_device() -> Arc<AnyDevice> {
+    any_device_of(3)
+}
+
+/// On the host with so many multiprocessors.
+fn any_device_of(multiprocessors: u32) -> Arc<AnyDevice> {
     #[cfg(feature = "cuda")]
     if let Some(device) = gpu::chosen() {
         return Arc::new(AnyDevice(device));
     }
-    Arc::new(AnyDevice(Box::new(Host::new())))
+    let mut host = Host::new();
+    host.multiprocessors = multiprocessors;
+    Arc::new(AnyDevice(Box::new(host)))
 }
 
 fn spec() -> ModelSpec {
@@ -153,6 +163,45 @@ fn padding_changes_no_bit() {
                 let all: Vec<_> = (0..n).map(|i| (i, 1, true)).collect();
                 both(&all, &format!("decoding {round}"));
             }
+        }
+    }
+}
+
+/// Steps of one and of two sequences that leave out heads nobody keeps say what those that do not say, launched, recorded and
+/// replayed, at any density.
+#[test]
+fn heads_left_out_of_the_products_change_nothing_but_rounding() {
+    // Chosen in the product; in the kernel that follows it.
+    for spec in [opt(DType::BF16, 2, 5, 128, 72), llama(DType::BF16, 2, 256, (16, 8), 64, 48)] {
+        let settings = [set(0.4, MlpMode::Dense), set(0.6, MlpMode::Reference), set(1.0, MlpMode::Dense)];
+        let file = router_file(&spec);
+        let setup = Setup { routers: Some(&file), options: OPTIONS, ..Setup::default() };
+        let mut rigs = [true, false].map(|heads| {
+            let device = any_device_of(8);
+            let cuda = Cuda::new(device, true).tuned(Tuning { heads, ..Tuning::default() });
+            let mut rig = Rig::on(cuda, &Synthetic::new(spec.clone()), &setup);
+            add(&mut rig, &settings);
+            rig
+        });
+        let (heads, kv_heads, hd) = (spec.num_heads, spec.num_kv_heads, spec.head_dim);
+        let device = any_device_of(8);
+        let kernels = Kernels::for_device(DType::BF16, hd, heads / kv_heads, &*device).unwrap();
+        let units = Units { count: kv_heads, width: heads / kv_heads * hd };
+        assert_eq!([2, 3].map(|rows| kernels.leaves_out((rows, rows), units)), [device.warpgroups(), false]);
+        let mut both = |work: &[(usize, usize, bool)]| {
+            let [a, b] = rigs.each_mut().map(|rig| (rig.run(work), rig.report.counts.clone()));
+            assert_eq!(a.1, b.1, "{work:?}");
+            for (a, b) in a.0.iter().zip(&b.0) {
+                let d = distance(a, b);
+                assert!(d <= 1e-2, "{work:?}: {d:.2e}");
+            }
+        };
+        for i in 0..3 {
+            both(&[(i, 5 + 20 * i, false)]);
+        }
+        for _ in 0..3 {
+            (0..3).for_each(|i| both(&[(i, 1, true)]));
+            both(&[(0, 1, true), (1, 1, true)]);
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::floor::{Floor, Selective, terms};
 use crate::models::{Model, RANK, all};
 use crate::timing::{Gpu, number};
 use polar_sparsity::backend::cuda::driver::Driver;
-use polar_sparsity::backend::cuda::launch::Tuning;
+use polar_sparsity::backend::cuda::tuning::Tuning;
 use polar_sparsity::backend::cuda::{Cuda, CudaRouters, CudaWeights};
 use polar_sparsity::backend::decode::{Run, enqueue};
 use polar_sparsity::backend::{Backend, History, Limits, PAGE_TOKENS, Report, SeqStep, Step};
@@ -23,6 +23,7 @@ pub(crate) const TUNINGS: &[&str] = &[
     "tuning:apart",
     "tuning:side",
     "tuning:single",
+    "tuning:whole",
 ];
 
 /// Begins an argument that names the points to run.
@@ -39,14 +40,19 @@ fn tuning() -> Tuning {
         along: !wants("apart"),
         choose: !wants("side"),
         clusters: !wants("single"),
+        heads: !wants("whole"),
     }
 }
 
-/// Whether an argument `only:64x2048,…` names this batch and context, or there is none.
+/// Whether an argument `only:64x2048,…` names this batch and context, or there is none; batches of 2 and 4 have to be named.
 fn named(batch: u32, context: u32) -> bool {
     let point = format!("{batch}x{context}");
     let mut lists = std::env::args().filter_map(|a| a.strip_prefix(ONLY).map(str::to_owned)).peekable();
-    lists.peek().is_none() || lists.any(|l| l.split(',').any(|p| p == point))
+    if lists.peek().is_none() {
+        !matches!(batch, 2 | 4)
+    } else {
+        lists.any(|l| l.split(',').any(|p| p == point))
+    }
 }
 
 struct Greedy;
@@ -93,7 +99,7 @@ pub(crate) fn steps(gpu: &Gpu, wanted: &[String], few: bool) {
         let weights = CudaWeights::random(device, &model.spec).unwrap();
         let info = model.routers();
         let routers = CudaRouters::random(device, &model.spec, &info).unwrap();
-        for batch in [1u32, 8, 32, 64, 128, 256] {
+        for batch in [1u32, 2, 4, 8, 32, 64, 128, 256] {
             for context in [1024u32, 2048, 4096, 8192] {
                 let planned = matches!((batch, context), (1, 1024) | (8, 2048) | (64, 2048) | (64, 8192));
                 if context > model.spec.max_positions || (few && !planned) || !named(batch, context) {

@@ -35,6 +35,8 @@ const Named kernels[] = {
     ROWS(linear_wide, LinearParams)
     ROWS(linear_wide_down, LinearParams)
     ROWS(linear_wide_activated, ActivatedParams)
+    BOTH(linear_wide_choosing, ChoosingParams)
+    BOTH(linear_wide_chosen, ChosenParams)
     ONE(linear_down_bf16_1, LinearParams) ONE(linear_down_bf16_2, LinearParams) ONE(linear_down_bf16_4, LinearParams)
     ONE(linear_down_f16_1, LinearParams) ONE(linear_down_f16_2, LinearParams) ONE(linear_down_f16_4, LinearParams)
     BOTH(mlp_down, DownParams)
@@ -48,7 +50,7 @@ const Named kernels[] = {
     BOTH(embed, EmbedParams)
     ONE(norm_bf16_1, NormParams) ONE(norm_bf16_2, NormParams) ONE(norm_bf16_4, NormParams)
     ONE(norm_f16_1, NormParams) ONE(norm_f16_2, NormParams) ONE(norm_f16_4, NormParams)
-    BOTH(qkv, QkvParams) BOTH(qkv_whole, QkvParams) BOTH(qkv_long, QkvParams)
+    BOTH(qkv, QkvParams) BOTH(qkv_whole, QkvParams) BOTH(qkv_long, QkvParams) BOTH(qkv_chosen, QkvParams)
     BOTH(activate, ActivateParams)
     BOTH(select_heads, SelectParams)
     ONE(attention_plan, PlanParams)
@@ -89,8 +91,9 @@ extern "C" int polar_host_launch(const char* name, uint32_t x, uint32_t y, uint3
 
 // sizeof of each parameter struct, in the order of params.h.
 extern "C" int polar_host_sizes(uint32_t* out) {
-    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams), sizeof(DownParams),
-                              sizeof(NarrowParams), sizeof(QkvParams), sizeof(RouterBytesParams), sizeof(SelectParams), sizeof(NeuronParams), sizeof(DecodeParams), sizeof(PlanParams),
+    const uint32_t sizes[] = {sizeof(Partial), sizeof(EmbedParams), sizeof(NormParams), sizeof(LinearParams),
+                              sizeof(SelectParams), sizeof(ChoosingParams), sizeof(ChosenParams), sizeof(DownParams),
+                              sizeof(NarrowParams), sizeof(QkvParams), sizeof(RouterBytesParams), sizeof(NeuronParams), sizeof(DecodeParams), sizeof(PlanParams),
                               sizeof(ZeroParams), sizeof(MarkParams), sizeof(PrefillTile),
                               sizeof(PrefillParams), sizeof(ActivateParams), sizeof(ActivatedParams), sizeof(RouterParams), sizeof(ArgmaxParams),
                               sizeof(SampleJob), sizeof(SampleState), sizeof(SampleParams), sizeof(CountParams),

@@ -37,6 +37,7 @@ DEVICE void let_next_start() {}
 DEVICE void wait_for_previous() { host::wait_for_previous(); }
 DEVICE void begin_kernel() { wait_for_previous(); }
 DEVICE uint32_t load_early(const uint32_t* p) { return *p; }
+DEVICE uint16_t load_early(const uint16_t* p) { return *p; }
 DEVICE void load_early(const uint32_t* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 DEVICE void load_constant(const void* p, uint32_t (&v)[4]) { memcpy(v, p, 16); }
 
@@ -47,6 +48,9 @@ DEVICE void cluster_arrive() { host::cluster_arrive(); }
 DEVICE void cluster_wait() { host::cluster_wait(); }
 template <class T> void store_in_cluster(T* at, uint32_t block, T v) {
     *(T*)(host::cluster_shared + block * host::shared_stride + ((unsigned char*)at - host::shared)) = v;
+}
+template <class T> T load_in_cluster(const T* at, uint32_t block) {
+    return *(const T*)(host::cluster_shared + block * host::shared_stride + ((const unsigned char*)at - host::shared));
 }
 DEVICE void sync_warp() { host::sync_warp(); }
 DEVICE void meet_warp() { host::meet_warp(); }

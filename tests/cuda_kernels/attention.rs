@@ -194,7 +194,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         segment_cost: SEGMENT_COST,
         early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),
-        reserved: 0,
+        late: 0,
         router: scores.as_ref().map(|s| s.params).unwrap_or_default(),
         choice: scores.as_ref().map(|s| s.choice).unwrap_or_default(),
     };

@@ -8,6 +8,7 @@ mod attention;
 mod bench;
 #[cfg(feature = "cuda")]
 mod gpu;
+mod heads;
 #[path = "../support/host_device.rs"]
 mod host_device;
 mod linear;

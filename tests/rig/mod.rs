@@ -54,6 +54,14 @@ impl History for Histories<'_> {
     }
 }
 
+/// `||got - want|| / ||want||`.
+pub fn distance(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let error: f64 = got.iter().zip(want).map(|(g, w)| square(g - w)).sum();
+    (error / want.iter().map(|&w| square(w)).sum::<f64>()).sqrt()
+}
+
 pub struct Setup<'a> {
     pub isa: Isa,
     pub threads: usize,

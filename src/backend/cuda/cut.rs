@@ -117,8 +117,54 @@ impl WideCut {
         WideCut { variant, grid: (tiles, parts), shared: Self::stages(variant, false) }
     }
 
+    /// For the output projection of selected heads, with `list` words behind the stages.
+    pub(super) fn chosen(n: u32, k: u32, list: u32, multiprocessors: u32) -> WideCut {
+        let (tiles, steps) = (n.div_ceil(Self::COLUMNS), k.div_ceil(Self::STEP));
+        let most = (steps / 4).min(MAX_DOWN_SPLITS);
+        let parts = splits(tiles, Self::PER_SM * multiprocessors, steps, most);
+        WideCut { variant: 0, grid: (tiles, parts), shared: Self::stages(0, false) + 4 * list }
+    }
+
     fn stages(variant: usize, k_lines: bool) -> u32 {
         Self::DEPTH[usize::from(k_lines)][variant] * (Self::COLUMNS + (8 << variant)) * 2 * Self::STEP
+    }
+}
+
+/// How the QKV product that chooses heads cuts its work, see `linear_heads.cu`.
+pub(super) struct ChoosingCut {
+    /// Blocks that have the router's rows, and parts of their k.
+    pub(super) routing: u32,
+    pub(super) router_parts: u32,
+    /// The other blocks, and parts of the k of k and v.
+    pub(super) workers: u32,
+    pub(super) parts: u32,
+    pub(super) shared: u32,
+}
+
+impl ChoosingCut {
+    /// Most parts of the router's k.
+    const MOST_ROUTER_PARTS: u32 = 8;
+    /// Steps that are under way before a block waits for the kernel ahead.
+    const AHEAD: u32 = 5;
+
+    /// For so many columns of q, of k and v, and of the router, and `list` words behind the stages. None where not all blocks
+    /// run at once, each with as much of k and v as it takes for the choice to be there, or where q has more than those.
+    pub(super) fn new(
+        (q, kv, router): (u32, u32, u32),
+        k: u32,
+        list: u32,
+        multiprocessors: u32,
+    ) -> Option<ChoosingCut> {
+        let [q, kv, router] = [q, kv, router].map(|columns| columns.div_ceil(WideCut::COLUMNS));
+        let steps = k.div_ceil(WideCut::STEP);
+        let router_parts = (steps / Self::AHEAD).clamp(1, Self::MOST_ROUTER_PARTS);
+        let routing = router * router_parts;
+        let places = (WideCut::PER_SM * multiprocessors).checked_sub(routing)?;
+        let parts = (places / kv).min(steps / (2 * Self::AHEAD)).min(MAX_DOWN_SPLITS);
+        let workers = kv * parts;
+        let shared = WideCut::stages(0, false) + 4 * list;
+        let serves = workers >= q && kv >= q && shared <= WideCut::ROOM;
+        serves.then_some(ChoosingCut { routing, router_parts, workers, parts, shared })
     }
 }
 

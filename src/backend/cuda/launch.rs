@@ -3,6 +3,7 @@
 use super::cut::{DownCut, MOST_SKINNY, SkinnyCut, fits_beside, splits};
 use super::line::{blocks_and_stages, large_fits};
 use super::params::SAMPLE_BINS;
+use super::tuning::Tuning;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -76,8 +77,8 @@ macro_rules! names {
     };
 }
 
-names! { "embed" "qkv" "qkv_whole" "qkv_long" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
-"mlp_down";
+names! { "embed" "qkv" "qkv_whole" "qkv_long" "qkv_chosen" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
+"mlp_down" "linear_wide_choosing" "linear_wide_chosen";
 by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "linear_wide_activated" "router_scores" }
 
 /// The kernel of that name.
@@ -119,39 +120,6 @@ pub enum TileSize {
     Small,
 }
 
-/// Choices between launches that compute the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuning {
-    /// The MLP's router chain runs beside QKV and attention; else in line with them.
-    pub beside: bool,
-    /// The down product of up to [`MADE_ROWS`] rows makes its own input.
-    pub made: bool,
-    /// Decode attention may run in blocks of eight warps, see [`Kernels::line`].
-    pub large: bool,
-    /// Products of few rows do their activation too, see [`Kernels::product_activated`].
-    pub activated: bool,
-    /// Decode attention takes the MLP router's scores along, see [`Kernels::takes_scores`].
-    pub along: bool,
-    /// And chooses the neurons, see [`Kernels::chooses`].
-    pub choose: bool,
-    /// Its workers may be clusters of blocks, see [`Kernels::line`].
-    pub clusters: bool,
-}
-
-impl Default for Tuning {
-    fn default() -> Tuning {
-        Tuning {
-            beside: true,
-            made: true,
-            large: true,
-            activated: true,
-            along: true,
-            choose: true,
-            clusters: true,
-        }
-    }
-}
-
 /// The kernels of one 16-bit type and head size, with what their launches need to know.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
@@ -160,6 +128,8 @@ pub struct Kernels {
     norm: [Id; 3],
     /// For sums in several parts, in one.
     qkv: [Id; 2],
+    /// Behind the product that chooses heads.
+    pub(super) qkv_chosen: Id,
     activate: Id,
     pub(super) activated: Id,
     select_heads: Id,
@@ -193,6 +163,8 @@ pub struct Kernels {
     pub(super) wide: [[Id; 4]; 2],
     /// With their activation.
     pub(super) wide_activated: [Id; 4],
+    /// QKV that chooses the heads, and the output projection of these.
+    pub(super) heads: [Id; 2],
     /// Whether the GPU has those, and clusters of blocks.
     pub(super) warpgroups: bool,
     mlp_down: Id,
@@ -257,6 +229,7 @@ impl Kernels {
             embed: each("embed")?,
             norm: by_size("norm")?,
             qkv: if head_dim > 128 { [each("qkv_long")?; 2] } else { [each("qkv")?, each("qkv_whole")?] },
+            qkv_chosen: each("qkv_chosen")?,
             activate: each("activate")?,
             activated: each("linear_activated")?,
             select_heads: each("select_heads")?,
@@ -291,6 +264,7 @@ impl Kernels {
             down: by_size("linear_down")?,
             wide: [by_rows("linear_wide")?, by_rows("linear_wide_down")?],
             wide_activated: by_rows("linear_wide_activated")?,
+            heads: [each("linear_wide_choosing")?, each("linear_wide_chosen")?],
             mlp_down: each("mlp_down")?,
             warpgroups: false,
             tuning: Tuning::default(),

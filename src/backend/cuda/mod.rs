@@ -12,6 +12,7 @@ mod cut;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+pub mod heads;
 pub mod launch;
 #[cfg(feature = "cuda")]
 mod library;
@@ -36,6 +37,7 @@ mod stages;
 #[cfg(feature = "cuda")]
 mod stopwatch;
 mod tables;
+pub mod tuning;
 mod weights;
 
 pub use routers::CudaRouters;
@@ -50,12 +52,12 @@ use crate::model::{ModelSpec, Weights};
 use crate::sparsity::router::RouterFile;
 use crate::sparsity::{Counts, Rule, Source};
 use device::Device;
-use launch::Tuning;
 use memory::Memory;
 use params::Ptr;
 use sampling::Request;
 use shape::Shape;
 use std::sync::Arc;
+use tuning::Tuning;
 
 /// The backend on one device.
 pub struct Cuda<D: Device> {

@@ -25,6 +25,10 @@ pub const NO_ACTIVATION: u32 = 3;
 pub const LATE_WEIGHTS: u32 = 1;
 /// Flag of [`LinearParams::late`]: the next kernel starts only when the one ahead has ended.
 pub const LATE_SUCCESSOR: u32 = 2;
+/// Flag of [`DecodeParams::early`]: kernels ahead write the newest page of each sequence only.
+pub const EARLY_PAGES: u32 = 1;
+/// Flag of [`DecodeParams::early`]: none of them writes `selected`.
+pub const EARLY_SELECTED: u32 = 2;
 /// Virtual pages that opening a segment of a sequence costs.
 pub const SEGMENT_COST: u32 = 4;
 /// Bins of a row's first histogram when sampling.
@@ -67,14 +71,18 @@ params! {
         x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32, late: u32,
     }
     /// See the header.
-    DownParams {
-        up: Partial, up_bias: Ptr, w: Ptr, index: Ptr, out: Ptr,
-        rows: u32, n: u32, k: u32, valid: u32, splits: u32,
-    }
-    /// See the header.
     SelectParams {
         logits: Partial, bias: Ptr, keep: Ptr, selected: Ptr, attention: Ptr, nan_count: Ptr,
         rows: u32, sequences: u32, units: u32, per_unit: u32, unit_width: u32, by_unit: u32,
+    }
+    /// See the header.
+    ChoosingParams { product: LinearParams, select: SelectParams, arrived: Ptr, q: u32, routing: u32 }
+    /// See the header.
+    ChosenParams { product: LinearParams, selected: Ptr, keep: Ptr, sequences: u32, units: u32 }
+    /// See the header.
+    DownParams {
+        up: Partial, up_bias: Ptr, w: Ptr, index: Ptr, out: Ptr,
+        rows: u32, n: u32, k: u32, valid: u32, splits: u32,
     }
     /// See the header.
     NarrowParams { sums: Partial, out: Ptr, scales: Ptr, rows: u32, sequences: u32, columns: u32, pieces: u32 }
@@ -82,7 +90,7 @@ params! {
     QkvParams {
         qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,
         q: Ptr, kv: Ptr, rows: u32, heads: u32, kv_heads: u32, head_dim: u32, norm_dim: u32, epsilon: f32, select: SelectParams,
-        narrow: NarrowParams,
+        narrow: NarrowParams, arrived: Ptr,
     }
     /// See the header.
     RouterBytesParams {
@@ -99,7 +107,7 @@ params! {
         q: Ptr, kv: Ptr, pages: Ptr, first_page: Ptr, tokens: Ptr, skip: Ptr, selected: Ptr, keep: Ptr,
         prefix: Ptr, out: Ptr, lse: Ptr, parts: Ptr, counters: Ptr,
         page_stride: u64, head_stride: u64, q_stride: u64,
-        sequences: u32, heads: u32, kv_heads: u32, stages: u32, segment_cost: u32, early: u32, scale: f32, reserved: u32,
+        sequences: u32, heads: u32, kv_heads: u32, stages: u32, segment_cost: u32, early: u32, scale: f32, late: u32,
         router: RouterBytesParams, choice: NeuronParams,
     }
     /// See the header.
@@ -163,18 +171,20 @@ params! {
 }
 
 /// `size_of` of each struct, in the header's order.
-pub fn sizes() -> [usize; 28] {
+pub fn sizes() -> [usize; 30] {
     use std::mem::size_of as s;
     [
         s::<Partial>(),
         s::<EmbedParams>(),
         s::<NormParams>(),
         s::<LinearParams>(),
+        s::<SelectParams>(),
+        s::<ChoosingParams>(),
+        s::<ChosenParams>(),
         s::<DownParams>(),
         s::<NarrowParams>(),
         s::<QkvParams>(),
         s::<RouterBytesParams>(),
-        s::<SelectParams>(),
         s::<NeuronParams>(),
         s::<DecodeParams>(),
         s::<PlanParams>(),

@@ -2,6 +2,7 @@
 
 use super::buckets::buckets;
 use super::device::Device;
+use super::heads::MOST_HEADS_SUMS;
 use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::neurons::Routing;
@@ -31,7 +32,7 @@ pub(super) struct Buffers {
     /// The MLP router's narrow activations as bytes, and a scale a row: see `NarrowParams`.
     pub(super) z: Ptr,
     pub(super) z_scales: Ptr,
-    /// A counter, see `RouterBytesParams`.
+    /// A counter, see `RouterBytesParams` and `ChoosingParams`, and a word that the latter says.
     pub(super) arrived: Ptr,
     /// Sums of a product, until the next kernel reads them.
     pub(super) sums: Ptr,
@@ -97,6 +98,10 @@ pub struct CudaScratch<D: Device> {
     pub(super) neurons_selected: Option<usize>,
     /// Layer whose heads were selected together with its projection.
     pub(super) heads_selected: Option<usize>,
+    /// They were in the QKV product: attention may read the lists early.
+    pub(super) heads_chosen: bool,
+    /// The layer's output projection leaves out heads that no sequence keeps.
+    pub(super) heads_left_out: bool,
     /// How the layer's neurons are chosen, until its attention takes the scores along.
     pub(super) scored: Option<Routing>,
     /// Attention chose the layer's neurons, so the list is complete only when what comes after it has waited.
@@ -156,6 +161,8 @@ impl<D: Device> CudaScratch<D> {
             kv_bytes: (0, 0),
             neurons_selected: None,
             heads_selected: None,
+            heads_chosen: false,
+            heads_left_out: false,
             scored: None,
             list_is_late: false,
             list_is_beside: false,
@@ -204,9 +211,9 @@ fn places(
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
     let forward = |n: usize, k_size: usize| sums(rows, batch, |r| k.linear(r, n as u32, k_size as u32).1, n);
-    let (mut first, mut down) = (forward(s.first(), d), 0);
+    let (mut first, mut down) = (forward(s.first(), d), MOST_HEADS_SUMS * d);
     if s.gated {
-        down = forward(d, s.neurons);
+        down = down.max(forward(d, s.neurons));
     } else {
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
@@ -227,6 +234,7 @@ fn places(
     };
     for l in r {
         if l.attn_rows > 0 {
+            qkv = qkv.max(MOST_HEADS_SUMS * (s.qkv() + l.attn_room()));
             unit_sums = unit_sums.max(forward(l.attn_rows, d));
             let turned = |n: u32| k.linear((l.attn_rows as u32).min(SKINNY_ROWS), n, d as u32).1;
             unit_sums = unit_sums.max(sums(rows, batch, turned, l.attn_rows));
@@ -256,7 +264,7 @@ fn places(
         y: p.take(rows * s.neurons, 2),
         z: p.take(batch.next_multiple_of(8) * z, 1),
         z_scales: p.take(if has_mlp { batch } else { 0 }, 4),
-        arrived: p.take(1, 4),
+        arrived: p.take(2, 4),
         sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(batch * s.kv_heads, 4),

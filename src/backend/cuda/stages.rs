@@ -2,6 +2,7 @@
 //! next adds them, with bias and activation.
 
 use super::device::{Device, Product, bytes_of, start};
+use super::heads::Units;
 use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
 use super::params::*;
 use super::routers::{CudaRouters, LayerRouters};
@@ -175,17 +176,26 @@ impl<D: Device> Cuda<D> {
             _ => Ok(()),
         };
         choose(first)?;
-        let Projected { qkv, logits, z } =
-            self.project_qkv(s, l.qkv.weight, router, along.map(|r| r.router).as_ref())?;
-        choose(!first)?;
-        let narrow = s.scored.zip(z).map(|(routing, z)| self.narrowing(s, &routing, z));
-        let select = match router.zip(logits) {
-            Some((router, logits)) => {
-                s.heads_selected = Some(layer);
-                self.selection(s, layer, logits, (router.attn.bias, router.attn_rows as u32))
-            }
-            None => SelectParams::default(),
+        let chosen = match router {
+            Some(router) if along.is_none() => self.choose_in_product(s, l.qkv.weight, router, layer)?,
+            _ => None,
         };
+        let Projected { qkv, logits, z } = match chosen {
+            Some(qkv) => Projected { qkv, logits: None, z: None },
+            None => self.project_qkv(s, l.qkv.weight, router, along.map(|r| r.router).as_ref())?,
+        };
+        choose(!first)?;
+        s.heads_chosen = chosen.is_some();
+        let narrow = s.scored.zip(z).map(|(routing, z)| self.narrowing(s, &routing, z));
+        let selects = s.heads_chosen || router.is_some() && logits.is_some();
+        if selects {
+            s.heads_selected = Some(layer);
+        }
+        let units = Units::of(&s.shape);
+        s.heads_left_out = selects && s.kernels.leaves_out((rows, s.tables.rows().decode), units);
+        let select = router.zip(logits).map_or_else(SelectParams::default, |(router, logits)| {
+            self.selection(s, layer, logits, (router.attn.bias, router.attn_rows as u32))
+        });
         let shape = &s.shape;
         let params = QkvParams {
             qkv,
@@ -205,13 +215,37 @@ impl<D: Device> Cuda<D> {
             epsilon: w.spec.norm_eps,
             select,
             narrow: narrow.unwrap_or_default(),
+            arrived: if s.heads_chosen { b.arrived } else { Ptr::NULL },
         };
         let heads = (shape.heads + 2 * shape.kv_heads) as u32;
-        self.go(
-            s,
-            &s.kernels.qkv((rows, heads, qkv.splits), select.units * select.per_unit, narrow.is_some()),
-            &params,
-        )
+        let launch = if s.heads_chosen {
+            s.kernels.qkv_chosen(heads)
+        } else {
+            s.kernels.qkv((rows, heads, qkv.splits), select.units * select.per_unit, narrow.is_some())
+        };
+        self.go(s, &launch, &params)
+    }
+
+    /// Sums of q, k and v where few sequences' heads are chosen in the product, see [`Kernels::choosing`](super::launch::Kernels::choosing).
+    fn choose_in_product(
+        &self,
+        s: &CudaScratch<D>,
+        w: Ptr,
+        router: &LayerRouters,
+        layer: usize,
+    ) -> Result<Option<Partial>> {
+        let (b, rows) = (s.buffers, s.tables.rows());
+        // Its logits are among the product's sums.
+        let logits = UnitLogits { sums: Partial::default(), rows: rows.all, by_unit: false };
+        let select = self.selection(s, layer, logits, (router.attn.bias, router.attn_rows as u32));
+        let size = (rows.all, s.shape.qkv() as u32, s.shape.hidden as u32);
+        let Some((launch, params)) =
+            s.kernels.choosing((b.h, w, router.attn.weight, b.sums), size, &select, b.arrived)
+        else {
+            return Ok(None);
+        };
+        self.go(s, &launch, &params)?;
+        Ok(Some(params.product.sums()))
     }
 
     /// Sums of q, k and v, of the attention router `router`, and of the MLP router `along`.
@@ -363,7 +397,7 @@ impl<D: Device> Cuda<D> {
         layer: usize,
         live: Live,
     ) -> Result<()> {
-        let (l, rows, b) = (&w.layers[layer], s.tables.rows().all, s.buffers);
+        let (l, b) = (&w.layers[layer], s.buffers);
         let (heads, kv_heads) = (s.shape.heads as u32, s.shape.kv_heads as u32);
         let scale = w.spec.attention_scale() * std::f32::consts::LOG2_E;
         let sequences = s.tables.rows().decode;
@@ -394,8 +428,9 @@ impl<D: Device> Cuda<D> {
                 kv_heads,
                 stages: s.kernels.stages,
                 segment_cost: SEGMENT_COST,
-                early: 1,
+                early: if s.heads_chosen { EARLY_PAGES | EARLY_SELECTED } else { EARLY_PAGES },
                 scale,
+                late: (s.heads_left_out && !s.heads_chosen).into(),
                 ..Default::default()
             };
             let worker = s.tables.workers[usize::from(plan)];
@@ -436,21 +471,33 @@ impl<D: Device> Cuda<D> {
             };
             self.go(s, &s.kernels.prefill(s.tables.tile_size, s.tables.n_tiles, kv_heads), &params)?;
         }
-        let size = (rows, s.shape.hidden as u32, s.shape.q() as u32);
-        let mut own = s.kernels.product((b.attention, l.o.weight), size, b.delta);
+        s.pending = Pending { sum: self.project_out(s, l.o.weight, layer)?, bias: l.o.bias };
+        Ok(())
+    }
+
+    /// The output projection.
+    fn project_out(&self, s: &mut CudaScratch<D>, w: Ptr, layer: usize) -> Result<Partial> {
+        let (rows, b) = (s.tables.rows().all, s.buffers);
+        let (n, k) = (s.shape.hidden as u32, s.shape.q() as u32);
+        s.heads_chosen = false;
+        if std::mem::take(&mut s.heads_left_out) {
+            let units = Units::of(&s.shape);
+            let keep = s.tables.plan(s.tables.layer_plan[layer]).0;
+            let (launch, params) =
+                s.kernels.chosen((b.attention, w, b.delta), (rows, n), units, (b.selected, keep));
+            self.go(s, &launch, &params)?;
+            return Ok(params.product.sums());
+        }
+        let mut own = s.kernels.product((b.attention, w), (rows, n, k), b.delta);
         if s.list_is_late {
             own.1.late = LATE_SUCCESSOR;
         }
-        let sum = match self.by_library(s, &own, false, None)? {
-            Some(sum) => sum,
-            None => {
-                self.go(s, &own.0, &own.1)?;
-                s.list_is_late = false;
-                own.1.sums()
-            }
-        };
-        s.pending = Pending { sum, bias: l.o.bias };
-        Ok(())
+        if let Some(sum) = self.by_library(s, &own, false, None)? {
+            return Ok(sum);
+        }
+        self.go(s, &own.0, &own.1)?;
+        s.list_is_late = false;
+        Ok(own.1.sums())
     }
 
     pub(super) fn run_mlp(
