@@ -27,6 +27,7 @@ pub mod params;
 mod probe;
 mod product;
 mod program;
+mod projection;
 mod routers;
 pub mod sampling;
 mod scratch;

@@ -1,36 +1,19 @@
 //! What each stage launches. No product has an epilogue: it leaves sums, and the kernel that comes
 //! next adds them, with bias and activation.
 
-use super::device::{Device, Product, bytes_of, start};
+use super::device::{Device, Product, start};
 use super::heads::Units;
-use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, SKINNY_ROWS};
+use super::launch::{LIBRARY_COLUMNS, LIBRARY_ROWS, Launch};
 use super::params::*;
-use super::routers::{CudaRouters, LayerRouters};
+use super::projection::UnitLogits;
 use super::scratch::{CudaScratch, Mode, Pending};
 use super::weights::{CudaWeights, Pair};
 use super::{Cuda, CudaKv};
 use crate::backend::{Live, Step};
 use crate::error::{Error, Result, try_vec};
-use crate::model::{Activation, Norm, Position};
+use crate::model::{Activation, Norm};
 use crate::sparsity::select::random_score;
 use crate::sparsity::{Site, Source};
-
-/// An attention router's logits.
-struct UnitLogits {
-    sums: Partial,
-    /// Of one of its parts.
-    rows: u32,
-    /// A row has one unit's logits of all sequences, not one sequence's of all units.
-    by_unit: bool,
-}
-
-/// What comes of a layer's projection.
-struct Projected {
-    qkv: Partial,
-    logits: Option<UnitLogits>,
-    /// Sums of the MLP router's first product, and rows of one of their parts.
-    z: Option<(Partial, u32)>,
-}
 
 impl<D: Device> Cuda<D> {
     pub(super) fn go<P: Params>(&self, s: &CudaScratch<D>, launch: &Launch, params: &P) -> Result<()> {
@@ -42,7 +25,7 @@ impl<D: Device> Cuda<D> {
     }
 
     /// Hands a product of many rows to the device's library, if it has one, with what goes beside it: sums in one part.
-    fn by_library(
+    pub(super) fn by_library(
         &self,
         s: &CudaScratch<D>,
         (own, params): &(Launch, LinearParams),
@@ -147,202 +130,6 @@ impl<D: Device> Cuda<D> {
         self.go(s, &s.kernels.embed(s.tables.rows().all), &params)
     }
 
-    pub(super) fn run_project(
-        &self,
-        w: &CudaWeights<D>,
-        r: Option<&CudaRouters<D>>,
-        kv: &CudaKv<D>,
-        s: &mut CudaScratch<D>,
-        step: &Step,
-        layer: usize,
-    ) -> Result<()> {
-        let (l, rows) = (&w.layers[layer], s.tables.rows().all);
-        let b = s.buffers;
-        self.norm(w, s, l.attn_norm, (b.h, Ptr::NULL, rows), false)?;
-        let of_layer = r.and_then(|r| r.layers.get(layer));
-        let router = of_layer.filter(|l| {
-            let sparse = s.tables.rows().decode > 0 && step.plan.attn_sparse(layer);
-            l.attn_rows > 0 && sparse && step.plan.needs_router(Site::Attn)
-        });
-        let routing = self.routing(of_layer, s, step, layer);
-        let (along, apart) = (routing.filter(|r| r.along), routing.filter(|r| !r.along));
-        s.scored = along;
-        s.list_is_beside = apart.is_some();
-        let sums = apart.map(|r| self.route_apart(s, &r)).transpose()?;
-        // Where the attention router's product is on the side too, it goes first.
-        let first = router.is_none() || s.kernels.carries_router(rows, s.shape.qkv() as u32);
-        let choose = |now: bool| match apart.zip(sums) {
-            Some((routing, sums)) if now => self.choose_beside(s, step, &routing, sums),
-            _ => Ok(()),
-        };
-        choose(first)?;
-        let chosen = match router {
-            Some(router) if along.is_none() => self.choose_in_product(s, l.qkv.weight, router, layer)?,
-            _ => None,
-        };
-        let Projected { qkv, logits, z } = match chosen {
-            Some(qkv) => Projected { qkv, logits: None, z: None },
-            None => self.project_qkv(s, l.qkv.weight, router, along.map(|r| r.router).as_ref())?,
-        };
-        choose(!first)?;
-        s.heads_chosen = chosen.is_some();
-        let narrow = s.scored.zip(z).map(|(routing, z)| self.narrowing(s, &routing, z));
-        let selects = s.heads_chosen || router.is_some() && logits.is_some();
-        if selects {
-            s.heads_selected = Some(layer);
-        }
-        let units = Units::of(&s.shape);
-        s.heads_left_out = selects && s.kernels.leaves_out((rows, s.tables.rows().decode), units);
-        let select = router.zip(logits).map_or_else(SelectParams::default, |(router, logits)| {
-            self.selection(s, layer, logits, (router.attn.bias, router.attn_rows as u32))
-        });
-        let shape = &s.shape;
-        let params = QkvParams {
-            qkv,
-            bias: l.qkv.bias,
-            q_norm: l.q_norm,
-            k_norm: l.k_norm,
-            rotation: if matches!(w.spec.position, Position::Rope { .. }) { b.rotation } else { Ptr::NULL },
-            positions: s.tables.positions(),
-            kv_slot: s.tables.kv_slot(),
-            q: b.q,
-            kv: kv.layer(layer),
-            rows,
-            heads: shape.heads as u32,
-            kv_heads: shape.kv_heads as u32,
-            head_dim: shape.hd as u32,
-            norm_dim: shape.head_dim as u32,
-            epsilon: w.spec.norm_eps,
-            select,
-            narrow: narrow.unwrap_or_default(),
-            arrived: if s.heads_chosen { b.arrived } else { Ptr::NULL },
-        };
-        let heads = (shape.heads + 2 * shape.kv_heads) as u32;
-        let launch = if s.heads_chosen {
-            s.kernels.qkv_chosen(heads)
-        } else {
-            s.kernels.qkv((rows, heads, qkv.splits), select.units * select.per_unit, narrow.is_some())
-        };
-        self.go(s, &launch, &params)
-    }
-
-    /// Sums of q, k and v where few sequences' heads are chosen in the product, see [`Kernels::choosing`](super::launch::Kernels::choosing).
-    fn choose_in_product(
-        &self,
-        s: &CudaScratch<D>,
-        w: Ptr,
-        router: &LayerRouters,
-        layer: usize,
-    ) -> Result<Option<Partial>> {
-        let (b, rows) = (s.buffers, s.tables.rows());
-        // Its logits are among the product's sums.
-        let logits = UnitLogits { sums: Partial::default(), rows: rows.all, by_unit: false };
-        let select = self.selection(s, layer, logits, (router.attn.bias, router.attn_rows as u32));
-        let size = (rows.all, s.shape.qkv() as u32, s.shape.hidden as u32);
-        let Some((launch, params)) =
-            s.kernels.choosing((b.h, w, router.attn.weight, b.sums), size, &select, b.arrived)
-        else {
-            return Ok(None);
-        };
-        self.go(s, &launch, &params)?;
-        Ok(Some(params.product.sums()))
-    }
-
-    /// Sums of q, k and v, of the attention router `router`, and of the MLP router `along`.
-    /// Where the product is our own, the routers' rows go with it and hardly show. Where it may be the device's
-    /// library's, theirs is a product of its own, on the side: the kernel that follows starts in order there, join
-    /// or not. With many sequences it is turned round.
-    fn project_qkv(
-        &self,
-        s: &CudaScratch<D>,
-        w: Ptr,
-        router: Option<&LayerRouters>,
-        along: Option<&LayerRouters>,
-    ) -> Result<Projected> {
-        let (b, k, first) = (s.buffers, s.shape.hidden as u32, s.shape.qkv() as u32);
-        let (rows, sequences) = (s.tables.rows().all, s.tables.rows().decode);
-        let whole = (rows, first, k);
-        // Rows of the routers' one matrix, and those of the attention router among them.
-        let units = router.map_or(0, |r| r.attn_room() as u32);
-        let more = units + along.map_or(0, |r| r.rank as u32);
-        let Some(matrix) = router.map(|r| r.attn.weight).or(along.map(|r| r.down)) else {
-            return Ok(Projected { qkv: self.product(s, (b.h, w), whole, b.sums)?, logits: None, z: None });
-        };
-        let split = |qkv: Partial, sums: Partial, rows: u32| {
-            let behind = |columns: u32| Partial { data: sums.data.offset(4 * u64::from(columns)), ..sums };
-            let logits = router.map(|_| UnitLogits { sums, rows, by_unit: false });
-            Projected { qkv, logits, z: along.map(|_| (behind(units), rows)) }
-        };
-        if s.kernels.carries_router(rows, first) {
-            let (launch, both) = s.kernels.product((b.h, w), (rows, first + more, k), b.sums);
-            self.go(s, &launch, &LinearParams { more: matrix, first, ..both })?;
-            let qkv = both.sums();
-            return Ok(split(qkv, Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv }, rows));
-        }
-        let of = (b.h, matrix);
-        if sequences > SKINNY_ROWS {
-            let n = router.map_or(0, |r| r.attn_rows as u32);
-            let size = (sequences, n, k);
-            if n > SKINNY_ROWS {
-                let sums = self.product(s, of, size, b.unit_sums)?;
-                return Ok(split(self.product(s, (b.h, w), whole, b.sums)?, sums, sequences));
-            }
-            let (launch, logits) = s.kernels.product_turned(of, size, b.unit_sums);
-            let qkv = self.beside_qkv(s, (&launch, &logits), (b.h, w), whole)?;
-            let logits = Some(UnitLogits { sums: logits.sums(), rows: n, by_unit: true });
-            return Ok(Projected { qkv, logits, z: None });
-        }
-        let (launch, sums) = s.kernels.product_beside(of, (sequences, more, k), b.unit_sums);
-        let qkv = self.beside_qkv(s, (&launch, &sums), (b.h, w), whole)?;
-        Ok(split(qkv, sums.sums(), sequences))
-    }
-
-    /// The product of q, k and v with a small one beside it.
-    fn beside_qkv(
-        &self,
-        s: &CudaScratch<D>,
-        (launch, small): (&Launch, &LinearParams),
-        of: (Ptr, Ptr),
-        size: (u32, u32, u32),
-    ) -> Result<Partial> {
-        let own = s.kernels.product(of, size, s.buffers.sums);
-        if s.kernels.tuning.beside
-            && let Some(qkv) = self.by_library(s, &own, false, Some((launch, bytes_of(small))))?
-        {
-            return Ok(qkv);
-        }
-        self.fork(s)?;
-        self.go_beside(launch, small)?;
-        self.go(s, &own.0, &own.1)?;
-        self.device.join_early()?;
-        Ok(own.1.sums())
-    }
-
-    /// What to select the heads of a layer by.
-    fn selection(
-        &self,
-        s: &CudaScratch<D>,
-        layer: usize,
-        logits: UnitLogits,
-        (bias, columns): (Ptr, u32),
-    ) -> SelectParams {
-        let (units, b) = (s.shape.kv_heads as u32, s.buffers);
-        SelectParams {
-            logits: logits.sums,
-            bias,
-            keep: s.tables.plan(s.tables.layer_plan[layer]).0,
-            selected: b.selected,
-            attention: b.attention,
-            nan_count: s.sampling.nan_count(),
-            rows: logits.rows,
-            sequences: s.tables.rows().decode,
-            units,
-            per_unit: columns / units,
-            unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
-            by_unit: logits.by_unit.into(),
-        }
-    }
-
     /// Both routers' work went with the projection.
     pub(super) fn run_route(&self, s: &CudaScratch<D>, layer: usize, site: Site) -> Result<()> {
         if s.selected(site) == Some(layer) {
@@ -371,9 +158,8 @@ impl<D: Device> Cuda<D> {
             Source::Random { seed } => seed,
         };
         self.random_scores(s, step, layer, seed)?;
-        let logits = Partial { data: b.scores, splits: 1, columns: units };
-        let logits = UnitLogits { sums: logits, rows, by_unit: false };
-        let params = self.selection(s, layer, logits, (Ptr::NULL, units));
+        let sums = Partial { data: b.scores, splits: 1, columns: units };
+        let params = self.selection(s, layer, UnitLogits::by_sequence(sums, rows), (Ptr::NULL, units));
         self.go(s, &s.kernels.select_heads(rows, units), &params)
     }
 
