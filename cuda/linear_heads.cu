@@ -23,6 +23,7 @@ template <class T, int NT> struct Turns {
     uint32_t* shared;  // heads::KEYS words and the router's columns
     uint32_t worker, workers, from, turn, count;
     uint32_t then = 0, tile = 0, part = 0;  // of q: first step, tile, part of its k
+    uint32_t before = 0;                    // how many blocks had met the choice before this one
     float first[NT][4];
 
     DEVICE_MEMBER uint32_t operator()(uint32_t s) const { return s < turn ? from + s : then + (s - turn); }
@@ -33,7 +34,10 @@ template <class T, int NT> struct Turns {
     }
     DEVICE_MEMBER uint32_t next_tile() {
         const SelectParams& select = p.select;
-        if (thread_index() == 0) wait_for_count(p.arrived, p.routing);
+        if (thread_index() == 0) {
+            wait_for_count(p.arrived, p.routing);
+            before = atomic_add(p.arrived + 2, 1);
+        }
         sync_block();
         const bool stays = heads::stays<T>(select, 0, shared, worker == 0);
         uint32_t *counts = shared + heads::COUNTS, *list = shared + heads::KEPT;
@@ -84,6 +88,11 @@ template <class T, int NT, int DEPTH> DEVICE void run_choosing(const ChoosingPar
     if (!turned) steps.keep(c);
     store(product, tile, part, steps.first);
     if (turned) store(product, steps.tile, steps.part, c);
+    // Whatever becomes of the step, the next one finds zeros.
+    if (thread_index() == 0 && steps.before == steps.workers - 1) {
+        atomic_add(p.arrived, 0u - p.routing);
+        atomic_add(p.arrived + 2, 0u - steps.workers);
+    }
 }
 
 // Steps of k out of a list in shared memory.

@@ -82,7 +82,7 @@ struct SelectParams {
 struct ChoosingParams {
     LinearParams product;  // `more`: the router's rows; `first` a multiple of 128; splits of k and v, of at least five steps of 64 k
     SelectParams select;   // by the logits among the product's sums, in splits of their own; unit_width a multiple of 128
-    uint32_t* arrived;     // [0] blocks that have logits, zero before the launch; the kernel that comes next makes it so again
+    uint32_t* arrived;     // [0] blocks that have logits, [2] those that have met the choice: zero between launches
                            // [1] becomes the splits of q
     uint32_t q;            // columns of q, which come first: units * unit_width
     uint32_t routing;      // blocks that have the router's rows; the others have k and v, and are as many as q has tiles or more

@@ -126,7 +126,6 @@ template <class T, int PAIRS, int PARTS, bool CHOSEN = false> DEVICE void qkv(co
     const bool late = CHOSEN || (selects && !narrows && p.rows <= FEW_ROWS);
     auto wait = [&] {
         wait_for_previous();
-        if (CHOSEN && block_x() == 0 && block_y() == 0 && thread_index() == 0) *p.arrived = 0;
         if (late) let_next_start();
     };
     if (!late) let_next_start();

@@ -26,6 +26,9 @@ pub(crate) struct Selective {
 /// A step of `rows` sequences: QKV, O, MLP, MLP routers, head, attention, and all that is only read.
 /// `weight_bytes` are the whole model's, `kv_bytes` the step's.
 ///
+/// QKV and O are counted whole, as the method has them. One sequence's Polar step reads the kept heads' part of q and O only
+/// (`cuda/linear_heads.cu`), so that it may come below.
+///
 /// Attention routers are not counted, neither their bytes nor their flops: a row or less per head.
 pub(crate) fn terms(
     spec: &ModelSpec,

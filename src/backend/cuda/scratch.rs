@@ -32,7 +32,7 @@ pub(super) struct Buffers {
     /// The MLP router's narrow activations as bytes, and a scale a row: see `NarrowParams`.
     pub(super) z: Ptr,
     pub(super) z_scales: Ptr,
-    /// A counter, see `RouterBytesParams` and `ChoosingParams`, and a word that the latter says.
+    /// Counters, see `RouterBytesParams` and `ChoosingParams`.
     pub(super) arrived: Ptr,
     /// Sums of a product, until the next kernel reads them.
     pub(super) sums: Ptr,
@@ -264,7 +264,7 @@ fn places(
         y: p.take(rows * s.neurons, 2),
         z: p.take(batch.next_multiple_of(8) * z, 1),
         z_scales: p.take(if has_mlp { batch } else { 0 }, 4),
-        arrived: p.take(2, 4),
+        arrived: p.take(3, 4),
         sums: p.take(qkv.max(first), 4),
         delta: p.take(forward(d, s.q()).max(down), 4),
         scores: p.take(batch * s.kv_heads, 4),
