@@ -119,13 +119,18 @@ template <int WARPS, bool CLUSTER> struct Loads {
         ids = mine < segment.length ? p.pages[walk.first_page + mine] : 0;
     }
 
+    // Behind the wait through the multiprocessor's own cache, where the query's rows are looked up next.
+    DEVICE_MEMBER uint32_t selected(const DecodeParams& p, uint32_t i) {
+        return p.early & EARLY_SELECTED ? load_early(p.selected + i) : p.selected[i];
+    }
+
     // Whether the next page holds tokens of earlier steps only.
     DEVICE_MEMBER bool settled() { return more && page + 1 < segment.length; }
 
     template <int HD> DEVICE_MEMBER void issue(const DecodeParams& p, unsigned char* ring, TileBarrier* barriers) {
         if (!more) return;
         if (page >= ids_from + 32 * apart) find_ids(p);
-        if (head == NONE) head = p.selected ? load_early(p.selected + segment.b * p.kv_heads + segment.slot) : segment.slot;
+        if (head == NONE) head = p.selected ? selected(p, segment.b * p.kv_heads + segment.slot) : segment.slot;
         const uint32_t id = shuffle(ids, (page - ids_from) / apart);
         constexpr uint32_t BYTES = 2 * PAGE_TOKENS * HD * 2;
         const char* from = (const char*)p.kv + id * p.page_stride + head * p.head_stride;
