@@ -21,6 +21,13 @@ DEVICE uint32_t place(bool yes, uint32_t* counts) {
     return ahead;
 }
 
+// How many of them do, before that barrier.
+DEVICE uint32_t all(const uint32_t* counts) {
+    uint32_t n = 0;
+    for (int w = 0; w < 8; w++) n += counts[w];
+    return n;
+}
+
 // Whether sequence b keeps the unit whose number is this thread's. A unit's score is its logit, or the largest of its
 // group's when the router has one row per query head. Its rank is the number of better units; it stays when the rank is
 // below keep[b]. At least 256 threads, at most 256 units. `counts`: NaN.

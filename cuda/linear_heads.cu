@@ -44,8 +44,7 @@ template <class T, int NT> struct Turns {
         const uint32_t place = heads::place(stays, counts);
         if (stays) list[place] = (uint32_t)thread_index();
         if (stays && worker == 0) select.selected[place] = (uint16_t)thread_index();
-        uint32_t units = 0;
-        for (int w = 0; w < THREADS / 32; w++) units += counts[w];
+        const uint32_t units = heads::all(counts);
         sync_block();
         const uint32_t each = select.unit_width / COLUMNS, tiles = units * each;
         const uint32_t even = workers / (tiles ? tiles : 1), parts = even < MOST_Q_PARTS ? even : MOST_Q_PARTS;
@@ -98,11 +97,8 @@ template <class T, int NT, int DEPTH> DEVICE void run_choosing(const ChoosingPar
 // Steps of k out of a list in shared memory.
 struct Listed {
     static constexpr bool TURNS = false;
-    static constexpr uint32_t turn = 0;
     const uint32_t* list;
     uint32_t count;
-    DEVICE_MEMBER uint32_t next_tile() { return 0; }
-    template <int NT> DEVICE_MEMBER void keep(float (&)[NT][4]) {}
     DEVICE_MEMBER uint32_t operator()(uint32_t s) const { return list[s]; }
 };
 
@@ -121,11 +117,8 @@ template <class T, int NT, int DEPTH> DEVICE void run_chosen(const ChosenParams&
     sync_block();
     const bool wanted = kept[unit] != 0;
     const uint32_t place = heads::place(wanted, counts);
-    uint32_t all = 0;
-    for (int w = 0; w < THREADS / 32; w++) all += counts[w];
     // The block's part of their steps.
-    const uint32_t each = p.product.k / p.units / STEP, parts = p.product.splits;
-    all *= each;
+    const uint32_t each = p.product.k / p.units / STEP, parts = p.product.splits, all = heads::all(counts) * each;
     const uint32_t from = all * block_y() / parts, count = all * (block_y() + 1) / parts - from;
     for (uint32_t i = 0; wanted && i < each; i++) {
         const uint32_t s = place * each + i - from;

@@ -20,7 +20,6 @@ constexpr int EACH = 2 * TILE / 16 / THREADS;  // pieces of 16 bytes of w, a thr
 // Steps `from` and those that follow, `count` of them: part `part` of `parts` of all of k.
 struct Part {
     static constexpr bool TURNS = false;
-    static constexpr uint32_t turn = 0;
     uint32_t from, count;
     DEVICE_MEMBER Part(uint32_t k, uint32_t part, uint32_t parts) {
         const uint64_t all = (k + STEP - 1) / STEP;
@@ -28,8 +27,6 @@ struct Part {
         count = (uint32_t)(all * (part + 1) / parts) - from;
     }
     DEVICE_MEMBER uint32_t operator()(uint32_t s) const { return from + s; }
-    DEVICE_MEMBER uint32_t next_tile() { return 0; }
-    template <int NT> DEVICE_MEMBER void keep(float (&)[NT][4]) {}
 };
 
 // Sums of the block's columns, the `tile`th 128, over `steps(0)` .. `steps(steps.count - 1)` of k. K_LINES: w[k][j]; its steps
@@ -106,18 +103,22 @@ DEVICE void multiply(const LinearParams& p, uint32_t tile, Steps& steps, float (
     unsigned char *stage = shared, *oldest = shared + (DEPTH - 1) * STAGE;
     for (uint32_t s = 0; s < steps.count; s++) {
         const uint32_t ahead = s + DEPTH - 1;
-        if (Steps::TURNS && s == steps.turn) {
-            steps.keep(c);
-            UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+        if constexpr (Steps::TURNS) {
+            if (s == steps.turn) {
+                steps.keep(c);
+                UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+            }
         }
         copy_wait<DEPTH - 2>();
         matrix_publish();
         // This stage is in place, and the oldest one is free.
         sync_block();
-        if (Steps::TURNS && ahead == steps.turn) {
-            first = steps.next_tile() * COLUMNS;
-            end = first + COLUMNS < p.n ? first + COLUMNS : p.n;
-            find_rows();
+        if constexpr (Steps::TURNS) {
+            if (ahead == steps.turn) {
+                first = steps.next_tile() * COLUMNS;
+                end = first + COLUMNS < p.n ? first + COLUMNS : p.n;
+                find_rows();
+            }
         }
         matrix_begin();
         UNROLL for (int k16 = 0; k16 < STEP / 16; k16++)

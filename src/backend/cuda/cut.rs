@@ -74,8 +74,8 @@ pub(super) struct WideCut {
 
 impl WideCut {
     /// Columns of a block, k of a step.
-    const COLUMNS: u32 = 128;
-    const STEP: u32 = 64;
+    pub(super) const COLUMNS: u32 = 128;
+    pub(super) const STEP: u32 = 64;
     /// Blocks a multiprocessor, and bytes of each.
     const PER_SM: u32 = 2;
     const ROOM: u32 = 113 << 10;
@@ -117,14 +117,6 @@ impl WideCut {
         WideCut { variant, grid: (tiles, parts), shared: Self::stages(variant, false) }
     }
 
-    /// For the output projection of selected heads, with `list` words behind the stages.
-    pub(super) fn chosen(n: u32, k: u32, list: u32, multiprocessors: u32) -> WideCut {
-        let (tiles, steps) = (n.div_ceil(Self::COLUMNS), k.div_ceil(Self::STEP));
-        let most = (steps / 4).min(MAX_DOWN_SPLITS);
-        let parts = splits(tiles, Self::PER_SM * multiprocessors, steps, most);
-        WideCut { variant: 0, grid: (tiles, parts), shared: Self::stages(0, false) + 4 * list }
-    }
-
     fn stages(variant: usize, k_lines: bool) -> u32 {
         Self::DEPTH[usize::from(k_lines)][variant] * (Self::COLUMNS + (8 << variant)) * 2 * Self::STEP
     }
@@ -145,7 +137,7 @@ impl ChoosingCut {
     /// Most parts of the router's k.
     const MOST_ROUTER_PARTS: u32 = 8;
     /// Steps that are under way before a block waits for the kernel ahead.
-    const AHEAD: u32 = 5;
+    const AHEAD: u32 = WideCut::DEPTH[0][0] - 1;
 
     /// For so many columns of q, of k and v, and of the router, and `list` words behind the stages. None where not all blocks
     /// run at once, each with as much of k and v as it takes for the choice to be there, or where q has more than those.

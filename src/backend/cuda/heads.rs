@@ -2,21 +2,16 @@
 //! keeps, see `cuda/linear_heads.cu`: with one sequence as large a part of both as of its heads.
 
 use super::cut::{ChoosingCut, WideCut};
-use super::launch::{Kernels, Launch, MAX_DOWN_SPLITS, MAX_UNITS};
+use super::launch::{Kernels, Launch, MAX_UNITS};
 use super::params::{ChoosingParams, ChosenParams, LinearParams, Partial, Ptr, SelectParams};
 use super::shape::Shape;
 
 /// Sequences up to which the output projection leaves out heads. Of two it hardly matters, more keep nearly all together (on
 /// an H200 steps of 1, 2 and 4 get 1.5, up to 1 and -2 to 1 % faster); QKV of two is as fast whole, of four 3 % faster.
 const MOST_SEQUENCES: u32 = 2;
-/// Most rows of their sums, in all parts.
-pub(super) const MOST_HEADS_SUMS: usize = (MOST_SEQUENCES * MAX_DOWN_SPLITS) as usize;
 /// Words of shared memory for a choice, beside the router's columns (`heads::KEYS` in `cuda/heads.cuh`).
 const CHOICE_WORDS: u32 = 2 * MAX_UNITS + 8;
-/// Columns of a block, see `WideCut`.
-const TILE: u32 = 128;
-/// Columns of k of a step, and most steps of the output projection, whose list is in a block's shared memory.
-const STEP: u32 = 64;
+/// Most steps of the output projection, whose list is in a block's shared memory.
 const MOST_STEPS: u32 = 1024;
 
 /// Heads of a layer as units that are kept or not: as many as it has KV heads.
@@ -42,8 +37,8 @@ impl Kernels {
             && rows <= MOST_SEQUENCES
             && rows == sequences
             && units.count <= MAX_UNITS
-            && units.width.is_multiple_of(STEP)
-            && units.count * units.width / STEP <= MOST_STEPS
+            && units.width.is_multiple_of(WideCut::STEP)
+            && units.count * units.width / WideCut::STEP <= MOST_STEPS
     }
 
     /// QKV's product of a step of one sequence, with the attention router's rows (`more`), that chooses heads by `select`;
@@ -57,7 +52,8 @@ impl Kernels {
     ) -> Option<(Launch, ChoosingParams)> {
         let q = select.units * select.unit_width;
         let units = Units { count: select.units, width: select.unit_width };
-        let whole = units.width.is_multiple_of(TILE) && first.is_multiple_of(TILE) && self.head_dim <= 128;
+        let whole = |columns: u32| columns.is_multiple_of(WideCut::COLUMNS);
+        let whole = whole(units.width) && whole(first) && self.head_dim <= 128;
         if rows != 1 || !whole || !self.leaves_out((rows, select.sequences), units) {
             return None;
         }
@@ -79,8 +75,8 @@ impl Kernels {
         Launch { kernel: self.qkv_chosen, ..self.qkv((1, heads, 2), 0, false) }
     }
 
-    /// The output projection to `n` columns of what attention over selected heads left; lists that were complete before
-    /// attention let it start.
+    /// The output projection to `n` columns of what attention over selected heads left, where [`Kernels::leaves_out`] says so: the
+    /// product's launch with a list of steps. `selected` and `keep` were complete before attention let it start.
     pub fn chosen(
         &self,
         (x, w, out): (Ptr, Ptr, Ptr),
@@ -89,9 +85,9 @@ impl Kernels {
         (selected, keep): (Ptr, Ptr),
     ) -> (Launch, ChosenParams) {
         let k = units.count * units.width;
-        let WideCut { grid, shared, .. } = WideCut::chosen(n, k, k / STEP, self.multiprocessors);
-        let product = LinearParams { x, w, out, rows, n, k, splits: grid.1, ..Default::default() };
+        let (launch, product) = self.product((x, w), (rows, n, k), out);
+        let list = 4 * (k / WideCut::STEP);
         let params = ChosenParams { product, selected, keep, sequences: rows, units: units.count };
-        (Launch::new(self.heads[1], grid, 256, shared), params)
+        (Launch { kernel: self.heads[1], shared: launch.shared + list, ..launch }, params)
     }
 }

@@ -216,7 +216,7 @@ impl<D: Device> Cuda<D> {
         logits: UnitLogits,
         (bias, columns): (Ptr, u32),
     ) -> SelectParams {
-        let (units, b) = (s.shape.kv_heads as u32, s.buffers);
+        let (Units { count: units, width: unit_width }, b) = (Units::of(&s.shape), s.buffers);
         SelectParams {
             logits: logits.sums,
             bias,
@@ -228,7 +228,7 @@ impl<D: Device> Cuda<D> {
             sequences: s.tables.rows().decode,
             units,
             per_unit: columns / units,
-            unit_width: (s.shape.q() / s.shape.kv_heads) as u32,
+            unit_width,
             by_unit: logits.by_unit.into(),
         }
     }

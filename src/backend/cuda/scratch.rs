@@ -2,7 +2,6 @@
 
 use super::buckets::buckets;
 use super::device::Device;
-use super::heads::MOST_HEADS_SUMS;
 use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::neurons::Routing;
@@ -211,9 +210,9 @@ fn places(
 ) -> Buffers {
     let (rows, batch, d) = (limits.max_rows, limits.max_batch, s.hidden);
     let forward = |n: usize, k_size: usize| sums(rows, batch, |r| k.linear(r, n as u32, k_size as u32).1, n);
-    let (mut first, mut down) = (forward(s.first(), d), MOST_HEADS_SUMS * d);
+    let (mut first, mut down) = (forward(s.first(), d), 0);
     if s.gated {
-        down = down.max(forward(d, s.neurons));
+        down = forward(d, s.neurons);
     } else {
         // A selection may keep any number of neurons; the cut depends on their number in steps of 64.
         for kept in (64..=s.neurons + 63).step_by(64) {
@@ -234,7 +233,7 @@ fn places(
     };
     for l in r {
         if l.attn_rows > 0 {
-            qkv = qkv.max(MOST_HEADS_SUMS * (s.qkv() + l.attn_room()));
+            qkv = qkv.max(MAX_DOWN_SPLITS as usize * (s.qkv() + l.attn_room())); // one sequence's, that chooses heads
             unit_sums = unit_sums.max(forward(l.attn_rows, d));
             let turned = |n: u32| k.linear((l.attn_rows as u32).min(SKINNY_ROWS), n, d as u32).1;
             unit_sums = unit_sums.max(sums(rows, batch, turned, l.attn_rows));

@@ -265,8 +265,7 @@ impl<D: Device> Cuda<D> {
     fn project_out(&self, s: &mut CudaScratch<D>, w: Ptr, layer: usize) -> Result<Partial> {
         let (rows, b) = (s.tables.rows().all, s.buffers);
         let (n, k) = (s.shape.hidden as u32, s.shape.q() as u32);
-        s.heads_chosen = false;
-        if std::mem::take(&mut s.heads_left_out) {
+        if s.heads_left_out {
             let units = Units::of(&s.shape);
             let keep = s.tables.plan(s.tables.layer_plan[layer]).0;
             let (launch, params) =
