@@ -40,18 +40,11 @@ template <class T> DEVICE void run(const ActivatedParams& p) {
     uint32_t* row_of = (uint32_t*)(parts + WARPS * ROUND * 8);  // by line, of w; NONE: fills up the last group
     float* bias = (float*)(row_of + groups * LINES);            // by line
 
+    // Which row of w a line is.
     for (uint32_t i = thread; i < groups * LINES; i += 32 * WARPS) {
-        uint32_t row = NONE;
-        float add = 0;
-        if (i < lines) {
-            const bool gate = gated && i % 2 == 0;
-            const uint32_t j = first + i / per, neuron = p.index ? load_early(p.index + j) : j;
-            const T* from = (const T*)(gate ? p.gate_bias : p.up_bias);
-            row = gated && !gate ? p.n + neuron : neuron;
-            if (from && j < p.valid) add = to_float(from[neuron]);
-        }
-        row_of[i] = row;
-        bias[i] = add;
+        const bool gate = gated && i % 2 == 0;
+        const uint32_t j = first + i / per, neuron = i < lines && p.index ? load_early(p.index + j) : j;
+        row_of[i] = i >= lines ? NONE : gated && !gate ? p.n + neuron : neuron;
     }
     sync_block();
 
@@ -82,6 +75,13 @@ template <class T> DEVICE void run(const ActivatedParams& p) {
         copy_commit();
     };
     for (int s = 0; s < DEPTH; s++) issue();
+    // Behind the first weights, and for after the next barrier.
+    for (uint32_t i = thread; i < lines; i += 32 * WARPS) {
+        const bool gate = gated && i % 2 == 0;
+        const T* from = (const T*)(gate ? p.gate_bias : p.up_bias);
+        const uint32_t neuron = gated && !gate ? row_of[i] - p.n : row_of[i];
+        bias[i] = from && first + i / per < p.valid ? to_float(from[neuron]) : 0.0f;
+    }
     wait_for_previous();
     Words4 x[SUBS][STEP / 32];
     UNROLL for (uint32_t sub = 0; sub < SUBS; sub++) {

@@ -87,8 +87,16 @@ DEVICE void multiply(const LinearParams& p, uint32_t tile, Steps& steps, float (
     if (!K_LINES) find_rows();
     if (listed) {
         const uint32_t from = steps(0) * STEP;
-        for (uint32_t i = thread; i < steps.count * STEP; i += THREADS)
-            list[i] = load_early(p.index + (from + i < p.k ? from + i : p.k - 1));
+        constexpr uint32_t AT_ONCE = 4;  // loads before the first store
+        for (uint32_t i = thread; i < steps.count * STEP; i += AT_ONCE * THREADS) {
+            uint32_t number[AT_ONCE];
+            UNROLL for (uint32_t e = 0; e < AT_ONCE; e++) {
+                const uint32_t k = from + i + e * THREADS;
+                number[e] = load_early(p.index + (k < p.k ? k : p.k - 1));
+            }
+            UNROLL for (uint32_t e = 0; e < AT_ONCE; e++)
+                if (i + e * THREADS < steps.count * STEP) list[i + e * THREADS] = number[e];
+        }
         sync_block();
     }
     for (uint32_t s = 0; s < DEPTH - 1; s++)
