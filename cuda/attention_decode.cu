@@ -67,11 +67,18 @@ struct Walk {
     }
 };
 
-DEVICE uint32_t worker_start(uint64_t line, uint32_t workers, uint32_t w) { return (uint32_t)(line * w / workers); }
-// The worker whose interval holds virtual page `at`.
-DEVICE uint32_t worker_of(uint64_t line, uint32_t workers, uint32_t at) {
-    return (uint32_t)((((uint64_t)at + 1) * workers - 1) / line);
-}
+// How a line is cut into the workers' intervals: the first `longer` of them have one virtual page more than the others.
+struct Cut {
+    uint32_t each, longer;
+
+    DEVICE_MEMBER Cut(uint32_t line, uint32_t workers) : each(line / workers), longer(line - line / workers * workers) {}
+    DEVICE_MEMBER uint32_t start(uint32_t worker) const { return worker * each + (worker < longer ? worker : longer); }
+    // The worker whose interval holds virtual page `at`.
+    DEVICE_MEMBER uint32_t worker_of(uint32_t at) const {
+        const uint32_t first = longer * (each + 1);
+        return at < first ? at / (each + 1) : longer + (at - first) / each;
+    }
+};
 
 // Four dimensions of a part of the tokens: sum of exponentials and of weighted values, relative to `max`.
 struct Share {
@@ -92,7 +99,10 @@ struct Share {
     }
 };
 
-DEVICE Floats4 divided(const Floats4& x, float by) { return {{x.v[0] / by, x.v[1] / by, x.v[2] / by, x.v[3] / by}}; }
+DEVICE Floats4 divided(const Floats4& x, float by) {
+    const float factor = reciprocal_fast(by);
+    return {{x.v[0] * factor, x.v[1] * factor, x.v[2] * factor, x.v[3] * factor}};
+}
 
 // One warp's loads: pages first + turn, first + turn + apart, … of each segment, in order. The warps of a block, or of
 // a cluster, take them in turn.
@@ -248,12 +258,13 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     float* shares = (float*)((TileBarrier*)(flag + 4) + WARPS * p.stages);  // a cluster's: [block][group][HD]
     Floats2* states = (Floats2*)(shares + blocks * values);                 // [block][group] maximum, sum
     if (lane == 0)
-        for (uint32_t s = 0; s < p.stages; s++) tile_init(barriers + s);
+        UNROLL_BY(1) for (uint32_t s = 0; s < p.stages; s++) tile_init(barriers + s);
     sync_warp();
 
     Walk walk;
-    walk.at = idle ? 0 : worker_start(line, workers, worker);
-    walk.end = idle ? 0 : worker_start(line, workers, worker + 1);
+    const Cut cut(line, workers);
+    walk.at = idle ? 0 : cut.start(worker);
+    walk.end = idle ? 0 : cut.start(worker + 1);
     // The sequence whose prefix is the last one not above `at`: 32 marks at a time.
     low = each * (count_bits(vote(low < p.sequences && mark <= walk.at)) - 1);
     while (each > 1) {
@@ -296,8 +307,8 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     while (more) {
         const uint32_t tokens = walk.tokens, skip = walk.skip;
         const uint32_t opening = walk.start + segment.slot * walk.piece_of(p, segment.length) + p.segment_cost;
-        const uint32_t first_worker = worker_of(line, workers, opening);
-        const uint32_t others = worker_of(line, workers, opening + segment.length - 1) - first_worker;
+        const uint32_t first_worker = cut.worker_of(opening);
+        const uint32_t others = cut.worker_of(opening + segment.length - 1) - first_worker;
 
         Softmax soft;
         soft.reset();

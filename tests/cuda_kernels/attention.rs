@@ -158,8 +158,8 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         // Scores in the first, the last and many other bins, and zeros.
         Scores::with(bench, size, 0, false, &[1.0, 1.0, 1e-7, 3e5, 0.0]).choosing(bench, chosen)
     });
-    let launch = match scores {
-        None => k.decode(n as u32, c.worker, false),
+    let (launch, stages) = match scores {
+        None => (k.decode(n as u32, c.worker, false), k.stages),
         Some(_) => k.decode_scored(n as u32, c.worker, (chosen > 0).then_some(neurons as u32)).unwrap(),
     };
     let out = bench.room(2 * expected.len());
@@ -190,7 +190,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         sequences: n as u32,
         heads: heads as u32,
         kv_heads: c.kv_heads as u32,
-        stages: k.stages,
+        stages,
         segment_cost: SEGMENT_COST,
         early: u32::from(c.early),
         scale: LOG2_E / (c.hd as f32).sqrt(),

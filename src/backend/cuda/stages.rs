@@ -224,8 +224,9 @@ impl<D: Device> Cuda<D> {
                 let chooses = routing.shared_only() && s.kernels.chooses(s.shape.ffn as u32, worker);
                 let launch =
                     s.kernels.decode_scored(sequences, worker, chooses.then_some(s.shape.ffn as u32));
-                let launch =
+                let (launch, stages) =
                     launch.ok_or_else(|| Error::invalid("decode attention takes no scores along"))?;
+                params.stages = stages;
                 params.router = self.scoring(s, &routing, 0);
                 if chooses {
                     params.router.arrived = b.arrived;
