@@ -67,18 +67,13 @@ struct Walk {
     }
 };
 
-// How a line is cut into the workers' intervals: the first `longer` of them have one virtual page more than the others.
-struct Cut {
-    uint32_t each, longer;
-
-    DEVICE_MEMBER Cut(uint32_t line, uint32_t workers) : each(line / workers), longer(line - line / workers * workers) {}
-    DEVICE_MEMBER uint32_t start(uint32_t worker) const { return worker * each + (worker < longer ? worker : longer); }
-    // The worker whose interval holds virtual page `at`.
-    DEVICE_MEMBER uint32_t worker_of(uint32_t at) const {
-        const uint32_t first = longer * (each + 1);
-        return at < first ? at / (each + 1) : longer + (at - first) / each;
-    }
-};
+// Few lines are so long that it takes a division of 64 bits.
+DEVICE uint32_t quotient(uint64_t a, uint32_t b) { return a >> 32 ? (uint32_t)(a / b) : (uint32_t)a / b; }
+DEVICE uint32_t worker_start(uint64_t line, uint32_t workers, uint32_t w) { return quotient(line * w, workers); }
+// The worker whose interval holds virtual page `at`.
+DEVICE uint32_t worker_of(uint32_t line, uint32_t workers, uint32_t at) {
+    return quotient(((uint64_t)at + 1) * workers - 1, line);
+}
 
 // Four dimensions of a part of the tokens: sum of exponentials and of weighted values, relative to `max`.
 struct Share {
@@ -262,9 +257,8 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     sync_warp();
 
     Walk walk;
-    const Cut cut(line, workers);
-    walk.at = idle ? 0 : cut.start(worker);
-    walk.end = idle ? 0 : cut.start(worker + 1);
+    walk.at = idle ? 0 : worker_start(line, workers, worker);
+    walk.end = idle ? 0 : worker_start(line, workers, worker + 1);
     // The sequence whose prefix is the last one not above `at`: 32 marks at a time.
     low = each * (count_bits(vote(low < p.sequences && mark <= walk.at)) - 1);
     while (each > 1) {
@@ -307,8 +301,8 @@ template <class T, int HD, bool TALL, int WARPS, bool SCORED, bool CLUSTER> DEVI
     while (more) {
         const uint32_t tokens = walk.tokens, skip = walk.skip;
         const uint32_t opening = walk.start + segment.slot * walk.piece_of(p, segment.length) + p.segment_cost;
-        const uint32_t first_worker = cut.worker_of(opening);
-        const uint32_t others = cut.worker_of(opening + segment.length - 1) - first_worker;
+        const uint32_t first_worker = worker_of(line, workers, opening);
+        const uint32_t others = worker_of(line, workers, opening + segment.length - 1) - first_worker;
 
         Softmax soft;
         soft.reset();
