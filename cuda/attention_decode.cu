@@ -67,12 +67,10 @@ struct Walk {
     }
 };
 
-// Few lines are so long that it takes a division of 64 bits.
-DEVICE uint32_t quotient(uint64_t a, uint32_t b) { return a >> 32 ? (uint32_t)(a / b) : (uint32_t)a / b; }
-DEVICE uint32_t worker_start(uint64_t line, uint32_t workers, uint32_t w) { return quotient(line * w, workers); }
+DEVICE uint32_t worker_start(uint64_t line, uint32_t workers, uint32_t w) { return (uint32_t)(line * w / workers); }
 // The worker whose interval holds virtual page `at`.
-DEVICE uint32_t worker_of(uint32_t line, uint32_t workers, uint32_t at) {
-    return quotient(((uint64_t)at + 1) * workers - 1, line);
+DEVICE uint32_t worker_of(uint64_t line, uint32_t workers, uint32_t at) {
+    return (uint32_t)((((uint64_t)at + 1) * workers - 1) / line);
 }
 
 // Four dimensions of a part of the tokens: sum of exponentials and of weighted values, relative to `max`.

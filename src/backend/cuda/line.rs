@@ -210,10 +210,9 @@ impl Kernels {
         // One stage more in large blocks: when they are done with the scores, few loads are under way (on an H200 a step of 8
         // sequences of OPT-6.7B with 2k tokens .7 %).
         let warps = launch.threads / 32;
-        let fits = |stages: &u32| self.scored_bytes((warps, *stages), sequences) <= room.0;
-        let stages = Some(self.stages + 1).filter(|_| large).filter(fits).unwrap_or(self.stages);
-        let shared =
-            self.scored_bytes((warps, stages), sequences).max(choice.map_or(0, |n| 4 * select_words(n)));
+        let needs = |stages: u32| self.scored_bytes((warps, stages), sequences);
+        let stages = self.stages + u32::from(large && needs(self.stages + 1) <= room.0);
+        let shared = needs(stages).max(choice.map_or(0, |n| 4 * select_words(n)));
         let blocks = (launch.grid.0 + u32::from(choice.is_some())).min(room.1);
         Some((Launch { kernel, grid: (blocks, 1), shared, ..launch }, stages))
     }
