@@ -1,12 +1,13 @@
 // out[split][row][j] = sum over the split's k of x[row][k] w, for up to 64 rows, by the matrix instructions of
 // compute capability 9.0, which read both operands out of shared memory:
 //   linear_wide:      w[j][k], or row index[j] of it (see linear_skinny.cu: so are `more` and `late`)
+//   linear_wide_bytes: the same, the last columns from bytes (wide_bytes.cuh)
 //   linear_wide_down: w[k][j], or row index[k] of it (see linear_down.cu)
 // and out[row][j] = activation of the whole sum:
 //   linear_wide_activated: w[j][k], or row index[j] of it, no gate
 //
 // Traffic: each weight is read once from device memory, x once per block from the L2. How: see linear_wide.cuh.
-#include "linear_wide.cuh"
+#include "wide_bytes.cuh"
 
 namespace wide {
 
@@ -17,11 +18,25 @@ template <class T, int K_LINES, int NT, int DEPTH> DEVICE void run(const LinearP
     store(p, block_x(), block_y(), c);
 }
 
+template <class T, int NT, int DEPTH> DEVICE void run_with_bytes(const LinearParams& p) {
+    float c[NT][4];
+    Part steps(p.k, block_y(), p.splits);
+    const uint32_t tile = block_x(), bytes = p.first_byte / COLUMNS;
+    if (tile >= bytes) {
+        multiply_bytes<T, NT, DEPTH>(p, tile - bytes, steps, c);
+    } else {
+        LinearParams others = p;
+        others.n = p.ends;
+        multiply<T, 0, NT, DEPTH>(others, tile, steps, c, [] {});
+    }
+    store(p, tile, block_y(), c);
+}
+
 // out = activation of the sums and their bias. The blocks that have parts of the same columns are a cluster: each adds the
 // sums of some of its tiles of 8 rows, part after part, out of the others' shared memory.
 template <class T, int NT, int DEPTH> DEVICE void run_activated(const ActivatedParams& p) {
     const uint32_t parts = cluster_blocks(), part = cluster_block(), tile = block_x() / parts;
-    const LinearParams product = {p.x, p.w, p.index, nullptr, p.rows, p.n, p.k, parts, nullptr, 0, 0};
+    const LinearParams product = {p.x, p.w, p.index, nullptr, p.rows, p.n, p.k, parts, nullptr, 0, 0, nullptr, 0, 0};
     const uint32_t thread = thread_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     // A thread of the addition has two rows of two columns.
     const uint32_t own = thread / 4, column = tile * COLUMNS + own;
@@ -75,6 +90,9 @@ template <class T, int NT, int DEPTH> DEVICE void run_activated(const ActivatedP
 #define WIDE(type, nt, depth, down_depth)                                               \
     KERNEL(256, 2) linear_wide_##type##_##nt(const GRID_CONSTANT LinearParams p) {      \
         wide::run<type, 0, nt, depth>(p);                                               \
+    }                                                                                   \
+    KERNEL(256, 2) linear_wide_bytes_##type##_##nt(const GRID_CONSTANT LinearParams p) { \
+        wide::run_with_bytes<type, nt, depth>(p);                                        \
     }                                                                                   \
     KERNEL(256, 2) linear_wide_down_##type##_##nt(const GRID_CONSTANT LinearParams p) { \
         wide::run<type, 1, nt, down_depth>(p);                                          \

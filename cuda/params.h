@@ -59,6 +59,9 @@ struct LinearParams {
     const void* more;       // T [n - first][k], null: none
     uint32_t first;
     uint32_t late;          // LATE_..., by linear_skinny and linear_wide
+    const void* bytes;      // linear_wide_bytes: whole numbers [n - first_byte][k] as wide_bytes.cuh has them
+    uint32_t first_byte;    // column, a multiple of 128
+    uint32_t ends;          // there: columns of w and `more`; from here up to first_byte a sum means nothing
 };
 
 // Which units each decode sequence keeps.
@@ -119,6 +122,7 @@ struct NarrowParams {
     Partial sums;         // columns at least `columns`
     void* out;            // [rows up to a multiple of 8][pieces][64]
     float* scales;        // [sequences]; NaN where a row is not finite
+    const float* factors; // [columns] of the sums
     uint32_t rows;        // stride of the sums' splits
     uint32_t sequences;   // rows to do
     uint32_t columns;     // a multiple of 4

@@ -237,6 +237,24 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)));
 }
 
+// Four signed bytes as pairs of T, the first two in the low one.
+template <class T> DEVICE void widen_bytes(uint32_t bytes, uint32_t& low, uint32_t& high);
+// A byte's lower bits behind the exponent of 128 are 128 more than their number, its sign there doubles the 128.
+template <> __device__ __forceinline__ void widen_bytes<bf16>(uint32_t bytes, uint32_t& low, uint32_t& high) {
+    const uint32_t two[2] = {permute_bytes(bytes, 0x43434343u, 0x4140), permute_bytes(bytes, 0x43434343u, 0x4342)};
+    uint32_t y[2];
+    UNROLL for (int i = 0; i < 2; i++)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(y[i]) : "r"(two[i] & 0xff7fff7fu), "r"(0x3f803f80u), "r"((two[i] & 0xff80ff80u) | 0x80008000u));
+    low = y[0], high = y[1];
+}
+// 128 more than a byte behind the exponent of 1024.
+template <> __device__ __forceinline__ void widen_bytes<f16>(uint32_t bytes, uint32_t& low, uint32_t& high) {
+    bytes ^= 0x80808080u;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(low) : "r"(permute_bytes(bytes, 0x64646464u, 0x4140)), "r"(0x64806480u));
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(high) : "r"(permute_bytes(bytes, 0x64646464u, 0x4342)), "r"(0x64806480u));
+}
+
 // ---- products by a warpgroup ------------------------------------------------------------------
 
 // c += a b over 16 of 64 k, a 64 long and b 8 NT long: by four warps together, the operands out of shared memory, where
@@ -244,6 +262,8 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
 // piece p of 16 bytes of line r at p ^ (r % 8): of b a line is 64 k of one place; of a the same, or, with K_LINES, 64
 // places of one k. Lane 4 g + t of warp w holds in c[n] what mma's c has of rows 16 w + .. and columns 8 n + ..
 // Compute capability 9.0 only: other builds have a trap here, and launches ask first (`Device::warpgroups`).
+//
+// matrix_multiply_held: a in registers, warp w's 16 rows of it as mma's a, not written to before matrix_wait().
 //
 // Each thread: matrix_publish() behind its writes to a tile and before the barrier ahead of its use; then
 // matrix_begin(), products, matrix_end(); matrix_wait() before c is read or a tile written again.
@@ -266,23 +286,51 @@ DEVICE uint64_t matrix_tile(const void* p) {
                      : __VA_ARGS__                                                                                     \
                      : "l"(matrix_tile(left) + (k_lines ? 128 : 2) * k16), "l"(matrix_tile(right) + 2 * k16));         \
     }
-#define MATRIX_SIZES(type, name, k_lines)                                                                              \
-    MATRIX(type, name, 1, 8, "%0,%1,%2,%3", 4, 5, k_lines, FOUR(0))                                                    \
-    MATRIX(type, name, 2, 16, "%0,%1,%2,%3,%4,%5,%6,%7", 8, 9, k_lines, FOUR(0), FOUR(1))                              \
-    MATRIX(type, name, 4, 32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", 16, 17, k_lines, FOUR(0),       \
-           FOUR(1), FOUR(2), FOUR(3))                                                                                  \
-    MATRIX(type, name, 8, 64,                                                                                          \
-           "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                    \
-           "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31", 32, 33, k_lines, FOUR(0), FOUR(1),       \
-           FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7))
+#define MATRIX_HELD(type, name, nt, columns, list, a, b, ...)                                                          \
+    template <> __device__ __forceinline__ void matrix_multiply_held<type, nt>(                                        \
+        float (&c)[nt][4], const uint32_t (&left)[4], const void* right, int k16) {                                    \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #name "." #name " {" list                 \
+                     "}, {" a "}, %" #b ", 1, 1, 1, 0;"                                                                \
+                     : __VA_ARGS__                                                                                     \
+                     : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(matrix_tile(right) + 2 * k16));     \
+    }
+#define LIST_1 "%0,%1,%2,%3"
+#define LIST_2 LIST_1 ",%4,%5,%6,%7"
+#define LIST_4 LIST_2 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define LIST_8 LIST_4 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FOUR_2 FOUR(0), FOUR(1)
+#define FOUR_4 FOUR_2, FOUR(2), FOUR(3)
+#define FOUR_8 FOUR_4, FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+#define MATRIX_SIZES(type, name, k_lines)                     \
+    MATRIX(type, name, 1, 8, LIST_1, 4, 5, k_lines, FOUR(0))  \
+    MATRIX(type, name, 2, 16, LIST_2, 8, 9, k_lines, FOUR_2)  \
+    MATRIX(type, name, 4, 32, LIST_4, 16, 17, k_lines, FOUR_4) \
+    MATRIX(type, name, 8, 64, LIST_8, 32, 33, k_lines, FOUR_8)
+#define MATRIX_HELD_SIZES(type, name)                                          \
+    MATRIX_HELD(type, name, 1, 8, LIST_1, "%4,%5,%6,%7", 8, FOUR(0))           \
+    MATRIX_HELD(type, name, 2, 16, LIST_2, "%8,%9,%10,%11", 12, FOUR_2)        \
+    MATRIX_HELD(type, name, 4, 32, LIST_4, "%16,%17,%18,%19", 20, FOUR_4)      \
+    MATRIX_HELD(type, name, 8, 64, LIST_8, "%32,%33,%34,%35", 36, FOUR_8)
 template <class T, int K_LINES, int NT>
 DEVICE void matrix_multiply(float (&c)[NT][4], const void* a, const void* b, int k16);
+template <class T, int NT> DEVICE void matrix_multiply_held(float (&c)[NT][4], const uint32_t (&a)[4], const void* b, int k16);
 MATRIX_SIZES(bf16, bf16, 0)
 MATRIX_SIZES(bf16, bf16, 1)
 MATRIX_SIZES(f16, f16, 0)
 MATRIX_SIZES(f16, f16, 1)
+MATRIX_HELD_SIZES(bf16, bf16)
+MATRIX_HELD_SIZES(f16, f16)
+#undef MATRIX_HELD_SIZES
+#undef MATRIX_HELD
 #undef MATRIX_SIZES
 #undef MATRIX
+#undef LIST_1
+#undef LIST_2
+#undef LIST_4
+#undef LIST_8
+#undef FOUR_2
+#undef FOUR_4
+#undef FOUR_8
 #undef FOUR
 #else
 DEVICE void matrix_publish() {}
@@ -290,6 +338,9 @@ DEVICE void matrix_begin() {}
 DEVICE void matrix_end() {}
 DEVICE void matrix_wait() {}
 template <class T, int K_LINES, int NT> DEVICE void matrix_multiply(float (&)[NT][4], const void*, const void*, int) {
+    asm volatile("trap;");
+}
+template <class T, int NT> DEVICE void matrix_multiply_held(float (&)[NT][4], const uint32_t (&)[4], const void*, int) {
     asm volatile("trap;");
 }
 #endif

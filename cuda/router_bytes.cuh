@@ -137,7 +137,11 @@ DEVICE void narrow(const NarrowParams& p, uint32_t row, float* shared) {
     float most = 0;
     for (uint32_t i = 4 * thread_index(); i < columns; i += 4 * block_threads()) {
         Floats4 sum[1] = {};
-        if (i < p.columns) partial_sums<4, 1>(sum, p.sums, p.rows, row, {i});
+        if (i < p.columns) {
+            const Floats4 factor = *(const Floats4*)(p.factors + i);
+            partial_sums<4, 1>(sum, p.sums, p.rows, row, {i});
+            UNROLL for (int j = 0; j < 4; j++) sum[0].v[j] *= factor.v[j];
+        }
         *(Floats4*)(values + i) = sum[0];
         UNROLL for (int j = 0; j < 4; j++) {
             const float size = sum[0].v[j] < 0 ? -sum[0].v[j] : sum[0].v[j];

@@ -24,6 +24,7 @@ struct Product {
     float* c;
     const void *a, *b;
     int k16;
+    uint32_t held[16] = {};  // where there is no `a`: the thread's own part of it
 };
 
 struct Warp {

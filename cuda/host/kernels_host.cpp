@@ -33,6 +33,7 @@ const Named kernels[] = {
     SIZES(attention_prefill_small, PrefillParams)
     ROWS(linear_skinny, LinearParams)
     ROWS(linear_wide, LinearParams)
+    ROWS(linear_wide_bytes, LinearParams)
     ROWS(linear_wide_down, LinearParams)
     ROWS(linear_wide_activated, ActivatedParams)
     BOTH(linear_wide_choosing, ChoosingParams)

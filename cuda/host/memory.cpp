@@ -70,7 +70,7 @@ static Tile*& tile_of(uint64_t* state) { return *(Tile**)state; }
 
 void product_issue(const Product& product) { self->products.push_back(product); }
 void product_wait() {
-    for (const Product& p : self->products) p.add(p.c, p.a, p.b, p.k16);
+    for (const Product& p : self->products) p.add(p.c, p.a ? p.a : p.held, p.b, p.k16);
     self->products.clear();
 }
 void tile_init(uint64_t* state) {

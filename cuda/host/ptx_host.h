@@ -178,6 +178,12 @@ DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     }
 }
 
+template <class T> void widen_bytes(uint32_t bytes, uint32_t& low, uint32_t& high) {
+    const auto number = [&](int i) { return (float)(int8_t)(bytes >> (8 * i)); };
+    low = pack2<T>(number(0), number(1));
+    high = pack2<T>(number(2), number(3));
+}
+
 // Element (row, column) of matrix i as two bytes, from the 16 bytes each lane points at.
 template <bool TRANSPOSED> void host_load_matrices(uint32_t (&out)[4], const void* row) {
     host::Warp& w = host::warp();
@@ -225,6 +231,31 @@ template <class T, int K_LINES, int NT> void add_product(float* c, const void* a
 template <class T, int K_LINES, int NT> void matrix_multiply(float (&c)[NT][4], const void* a, const void* b, int k16) {
     if ((uintptr_t)a % 1024 || (uintptr_t)b % 1024) __builtin_trap();  // misaligned
     host::product_issue({add_product<T, K_LINES, NT>, c[0], a, b, k16});
+}
+
+// What a lane holds of a product's a: rows g and g + 8, eight pairs each, exchanged when it is begun.
+template <class T, int NT> void add_product_held(float* c, const void* a, const void* b, int k16) {
+    const uint32_t* pairs = (const uint32_t*)a;
+    for (int n = 0; n < NT; n++) {
+        for (int i = 0; i < 4; i++) {
+            const int column = 8 * n + 2 * (lane_index() % 4) + i % 2;
+            float sum = 0;
+            for (int k = 0; k < 16; k++)
+                sum += half_of<T>(pairs[i / 2 * 8 + k / 2], k % 2) * tile_element<T>(b, column, 16 * k16 + k);
+            c[4 * n + i] += sum;
+        }
+    }
+}
+template <class T, int NT> void matrix_multiply_held(float (&c)[NT][4], const uint32_t (&a)[4], const void* b, int k16) {
+    if ((uintptr_t)b % 1024) __builtin_trap();  // misaligned
+    host::Warp& w = host::warp();
+    const int lane = lane_index();
+    auto& words = w.operands[w.turn[lane] ^= true];
+    for (int i = 0; i < 4; i++) words[lane][i] = a[i];
+    meet_warp();
+    host::Product product = {add_product_held<T, NT>, c[0], nullptr, b, k16};
+    for (int i = 0; i < 16; i++) product.held[i] = words[lane / 4 * 4 + i % 4][i / 8 + 2 * (i / 4 % 2)];
+    host::product_issue(product);
 }
 
 DEVICE void copy_async16(void* target, const void* source, bool valid) { host::copy_issue(target, source, 16, valid); }

@@ -12,6 +12,7 @@ mod heads;
 #[path = "../support/host_device.rs"]
 mod host_device;
 mod linear;
+mod linear_bytes;
 mod ops;
 mod ops_mlp;
 mod prefill;

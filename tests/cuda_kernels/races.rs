@@ -3,7 +3,10 @@
 
 use crate::bench::with_races;
 use crate::host_device::{self, Library, root};
-use crate::{activated, attention, heads, linear, ops, ops_mlp, prefill, router, rows, sampling, selection};
+use crate::{
+    activated, attention, heads, linear, linear_bytes, ops, ops_mlp, prefill, router, rows, sampling,
+    selection,
+};
 use polar_sparsity::backend::cuda::launch::{Id, Launch, NAMES};
 use polar_sparsity::backend::cuda::params::Ptr;
 
@@ -37,6 +40,7 @@ const CASES: &[fn()] = &[
     activated::products_of_more_rows_with_an_activation,
     heads::one_sequences_heads_are_chosen_in_the_product,
     heads::the_output_projection_leaves_out_heads_that_nobody_keeps,
+    linear_bytes::columns_come_from_bytes,
     linear::tiled_products_with_ragged_edges,
     selection::heads,
     selection::neurons,

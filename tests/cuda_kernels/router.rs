@@ -240,12 +240,14 @@ fn narrow(bench: &Bench, (rows, sequences, columns): (usize, usize, usize), odd:
     if let Some(odd) = odd {
         parts[1][columns - 1] = odd;
     }
+    let factors = rng.vector(columns, 2.0, DType::F32);
     let room = sequences.next_multiple_of(8) * pieces * 64;
     let (out, scales) = (bench.raw(&vec![0; room]), bench.room(4 * sequences));
     let params = NarrowParams {
         sums: Partial { data: bench.floats(&parts.concat()), splits: splits as u32, columns: width as u32 },
         out,
         scales,
+        factors: bench.floats(&factors),
         rows: rows as u32,
         sequences: sequences as u32,
         columns: columns as u32,
@@ -259,7 +261,7 @@ fn narrow(bench: &Bench, (rows, sequences, columns): (usize, usize, usize), odd:
     );
     let (bytes, steps) = (bench.bytes(out, room), bench.read_floats(scales, sequences));
     for row in 0..sequences {
-        let sum = |c: usize| parts.iter().map(|p| p[row * width + c]).sum::<f64>();
+        let sum = |c: usize| factors[c] * parts.iter().map(|p| p[row * width + c]).sum::<f64>();
         let most = (0..columns).map(|c| sum(c).abs()).fold(0.0, f64::max);
         if row == 0 && odd.is_some() {
             assert!(steps[0].is_nan(), "a row that is not finite has scale {}", steps[0]);

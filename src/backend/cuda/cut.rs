@@ -28,7 +28,7 @@ impl DownCut {
 }
 
 /// Which of a product's kernels takes so many rows: up to 8, 16, 32 or 64.
-fn variant(rows: u32) -> usize {
+pub(super) fn variant(rows: u32) -> usize {
     match rows {
         0..=8 => 0,
         9..=16 => 1,

@@ -79,7 +79,7 @@ macro_rules! names {
 
 names! { "embed" "qkv" "qkv_whole" "qkv_long" "qkv_chosen" "activate" "linear_activated" "select_heads" "linear_tile_nt" "linear_tile_nn"
 "mlp_down" "linear_wide_choosing" "linear_wide_chosen";
-by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_down" "linear_wide_activated" "router_scores" }
+by rows: "linear_skinny" "linear_up" "linear_wide" "linear_wide_bytes" "linear_wide_down" "linear_wide_activated" "router_scores" }
 
 /// The kernel of that name.
 pub fn find(name: &str) -> Option<Id> {
@@ -161,6 +161,8 @@ pub struct Kernels {
     down: [Id; 3],
     /// Matrices stored `[n, k]`, and `[k, n]`.
     pub(super) wide: [[Id; 4]; 2],
+    /// The first of those, with columns from bytes.
+    pub(super) wide_bytes: [Id; 4],
     /// With their activation.
     pub(super) wide_activated: [Id; 4],
     /// QKV that chooses the heads, and the output projection of these.
@@ -263,6 +265,7 @@ impl Kernels {
             narrow: by_name("narrow_rows")?,
             down: by_size("linear_down")?,
             wide: [by_rows("linear_wide")?, by_rows("linear_wide_down")?],
+            wide_bytes: by_rows("linear_wide_bytes")?,
             wide_activated: by_rows("linear_wide_activated")?,
             heads: [each("linear_wide_choosing")?, each("linear_wide_chosen")?],
             mlp_down: each("mlp_down")?,

@@ -164,7 +164,7 @@ impl<D: Device> Backend for Cuda<D> {
         let shape = Shape::new(spec, options.dtype)?;
         let kernels = shape.kernels(&*self.device)?;
         let (layers, routers) = match routers {
-            Some(file) => routers::router_places(&shape, file.info(), Ptr::NULL)?,
+            Some(file) => routers::router_places(&*self.device, &shape, file.info(), Ptr::NULL)?,
             None => (Vec::new(), 0),
         };
         Ok(Footprint {

@@ -116,6 +116,7 @@ impl<D: Device> Cuda<D> {
             sums,
             out: b.z,
             scales: b.z_scales,
+            factors: routing.router.down_scales,
             rows,
             sequences: s.tables.rows().decode,
             columns: routing.router.rank as u32,
@@ -147,7 +148,11 @@ impl<D: Device> Cuda<D> {
     pub(super) fn route_apart(&self, s: &CudaScratch<D>, routing: &Routing) -> Result<Partial> {
         let (b, l) = (s.buffers, &routing.router);
         let size = (s.tables.rows().decode, l.rank as u32, s.shape.hidden as u32);
-        let (launch, params) = s.kernels.product((b.h, l.down), size, b.router_sums);
+        let mut product = s.kernels.product((b.h, l.down), size, b.router_sums);
+        if s.kernels.takes_bytes(size.0) {
+            product = s.kernels.from_bytes(product, l.down_bytes, (0, 0));
+        }
+        let (launch, params) = product;
         self.go(s, &launch, &params)?;
         Ok(params.sums())
     }

@@ -69,6 +69,7 @@ params! {
     /// See the header.
     LinearParams {
         x: Ptr, w: Ptr, index: Ptr, out: Ptr, rows: u32, n: u32, k: u32, splits: u32, more: Ptr, first: u32, late: u32,
+        bytes: Ptr, first_byte: u32, ends: u32,
     }
     /// See the header.
     SelectParams {
@@ -85,7 +86,9 @@ params! {
         rows: u32, n: u32, k: u32, valid: u32, splits: u32,
     }
     /// See the header.
-    NarrowParams { sums: Partial, out: Ptr, scales: Ptr, rows: u32, sequences: u32, columns: u32, pieces: u32 }
+    NarrowParams {
+        sums: Partial, out: Ptr, scales: Ptr, factors: Ptr, rows: u32, sequences: u32, columns: u32, pieces: u32,
+    }
     /// See the header.
     QkvParams {
         qkv: Partial, bias: Ptr, q_norm: Ptr, k_norm: Ptr, rotation: Ptr, positions: Ptr, kv_slot: Ptr,

@@ -1,6 +1,6 @@
 //! A dense product by our own kernel: its launch, its parameters, and where its sums lie.
 
-use super::cut::{ActivatedCut, WideCut};
+use super::cut::{ActivatedCut, WideCut, variant};
 use super::device::Device;
 use super::launch::{Kernels, LIBRARY_COLUMNS, LIBRARY_ROWS, Launch, MADE_ROWS, SKINNY_ROWS};
 use super::params::{ActivateParams, ActivatedParams, LATE_WEIGHTS, LinearParams, Partial, Ptr};
@@ -89,6 +89,22 @@ impl Kernels {
     ) -> (Launch, LinearParams) {
         let (launch, splits) = self.linear(rows, n, k);
         (launch, LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })
+    }
+
+    /// Whether the product of so many rows can have columns from bytes.
+    pub fn takes_bytes(&self, rows: u32) -> bool {
+        self.warpgroups && rows <= SKINNY_ROWS
+    }
+
+    /// That product with its columns from `first` on out of bytes (`cuda/wide_bytes.cuh`); those before it end at `ends`.
+    pub fn from_bytes(
+        &self,
+        (launch, params): (Launch, LinearParams),
+        bytes: Ptr,
+        (first, ends): (u32, u32),
+    ) -> (Launch, LinearParams) {
+        let launch = Launch { kernel: self.wide_bytes[variant(params.rows)], ..launch };
+        (launch, LinearParams { bytes, first_byte: first, ends, ..params })
     }
 
     /// The same with the sums in at most so many parts.

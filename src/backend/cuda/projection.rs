@@ -1,5 +1,6 @@
 //! A layer's q, k and v, and the choice of its heads, whose router's product goes with theirs.
 
+use super::cut::WideCut;
 use super::device::{Device, bytes_of};
 use super::heads::Units;
 use super::launch::{Launch, SKINNY_ROWS};
@@ -45,6 +46,11 @@ struct Projected {
     heads: Heads,
     /// Sums of the MLP router's first product, and rows of one of their parts.
     z: Option<(Partial, u32)>,
+}
+
+/// The column where the sums of the MLP router's first product begin, behind `columns` of the same product.
+pub(super) fn z_column(columns: u32, from_bytes: bool) -> u32 {
+    columns.next_multiple_of(if from_bytes { WideCut::COLUMNS } else { 1 })
 }
 
 impl<D: Device> Cuda<D> {
@@ -138,7 +144,14 @@ impl<D: Device> Cuda<D> {
         let whole = (rows, first, k);
         // Rows of the routers' one matrix, and those of the attention router among them.
         let units = router.map_or(0, |r| r.attn_room() as u32);
-        let more = units + along.map_or(0, |r| r.rank as u32);
+        let rank = along.map_or(0, |r| r.rank as u32);
+        // The MLP router's may come from bytes, then in whole blocks of their own: where they begin, behind so many columns.
+        let bytes = along.filter(|_| s.kernels.takes_bytes(sequences)).map(|r| r.down_bytes);
+        let z_at = |first: u32| z_column(first + units, bytes.is_some());
+        let with_bytes = |product, first: u32| match bytes {
+            Some(bytes) => s.kernels.from_bytes(product, bytes, (z_at(first), first + units)),
+            None => product,
+        };
         let Some(matrix) = router.map(|r| r.attn.weight).or(along.map(|r| r.down)) else {
             let qkv = self.product(s, (b.h, w), whole, b.sums)?;
             return Ok(Projected { qkv, heads: Heads::Open, z: None });
@@ -147,8 +160,8 @@ impl<D: Device> Cuda<D> {
             router.map(|r| self.selection(s, layer, logits, (r.attn.bias, r.attn_rows as u32)))
         };
         let scored = |logits: UnitLogits| select(logits).map_or(Heads::Open, Heads::Scored);
-        let z = |sums: Partial, rows: u32| {
-            let data = sums.data.offset(4 * u64::from(units));
+        let z = |sums: Partial, rows: u32, first: u32| {
+            let data = sums.data.offset(4 * u64::from(z_at(first)));
             along.map(|_| (Partial { data, ..sums }, rows))
         };
         if along.is_none()
@@ -160,12 +173,13 @@ impl<D: Device> Cuda<D> {
             return Ok(Projected { qkv: params.product.sums(), heads: Heads::Chosen, z: None });
         }
         if s.kernels.carries_router(rows, first) {
-            let (launch, both) = s.kernels.product((b.h, w), (rows, first + more, k), b.sums);
+            let product = s.kernels.product((b.h, w), (rows, z_at(first) + rank, k), b.sums);
+            let (launch, both) = with_bytes(product, first);
             self.go(s, &launch, &LinearParams { more: matrix, first, ..both })?;
             let qkv = both.sums();
             let sums = Partial { data: b.sums.offset(4 * u64::from(first)), ..qkv };
             let heads = scored(UnitLogits::by_sequence(sums, rows));
-            return Ok(Projected { qkv, heads, z: z(sums, rows) });
+            return Ok(Projected { qkv, heads, z: z(qkv, rows, first) });
         }
         let of = (b.h, matrix);
         let n = router.map_or(0, |r| r.attn_rows as u32);
@@ -179,9 +193,10 @@ impl<D: Device> Cuda<D> {
             let logits = UnitLogits { sums: small.1.sums(), rows: n, by_unit: true };
             (small, logits, None)
         } else {
-            let small = s.kernels.product_beside(of, (sequences, more, k), b.unit_sums);
+            let small = s.kernels.product_beside(of, (sequences, z_at(0) + rank, k), b.unit_sums);
+            let small = with_bytes(small, 0);
             let sums = small.1.sums();
-            (small, UnitLogits::by_sequence(sums, sequences), z(sums, sequences))
+            (small, UnitLogits::by_sequence(sums, sequences), z(sums, sequences, 0))
         };
         let qkv = self.beside_qkv(s, (&launch, &small), (b.h, w), whole)?;
         Ok(Projected { qkv, heads: scored(logits), z })

@@ -17,8 +17,11 @@ pub(super) struct LayerRouters {
     pub(super) attn: Pair,
     /// Rows of `attn`.
     pub(super) attn_rows: usize,
-    /// `[rank, hidden]`, behind `attn`'s rows.
+    /// `[rank, hidden]`, behind `attn`'s rows: whole numbers in the model's type, to be multiplied with a factor a row.
     pub(super) down: Ptr,
+    pub(super) down_scales: Ptr,
+    /// The same in a byte each as `cuda/wide_bytes.cuh` wants them, where the device has its kernels.
+    pub(super) down_bytes: Ptr,
     /// `[neurons, rank]` in 8 bits as `cuda/router_bytes.cuh` wants them, and a scale a row.
     pub(super) up: Ptr,
     pub(super) up_scales: Ptr,
@@ -45,7 +48,12 @@ pub struct CudaRouters<D: Device> {
 }
 
 /// Lays routers out from `at` on.
-pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result<(Vec<LayerRouters>, u64)> {
+pub(super) fn router_places<D: Device>(
+    device: &D,
+    shape: &Shape,
+    info: &RouterInfo,
+    at: Ptr,
+) -> Result<(Vec<LayerRouters>, u64)> {
     let mut p = Places::from(at);
     let mut layers = try_with_capacity(shape.layers, "router layers")?;
     for l in 0..shape.layers {
@@ -59,6 +67,10 @@ pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result
             r.rank = (rank as usize).next_multiple_of(8);
             r.up = p.take(shape.neurons.next_multiple_of(TILE) * r.up_pieces() * PIECE_COLUMNS, 1);
             r.up_scales = p.take(shape.neurons, 4);
+            r.down_scales = p.take(r.rank, 4);
+            if device.warpgroups() {
+                r.down_bytes = p.take(r.rank.next_multiple_of(DOWN_TILE) * down_width(shape.hidden), 1);
+            }
         }
         // One matrix, so that both products can be one.
         r.attn.weight = p.take((r.attn_room() + r.rank) * shape.hidden, 2);
@@ -71,10 +83,10 @@ pub(super) fn router_places(shape: &Shape, info: &RouterInfo, at: Ptr) -> Result
 impl<D: Device> CudaRouters<D> {
     /// Room for the routers that `info` lists, zeros.
     fn empty(device: &Arc<D>, shape: &Shape, info: &RouterInfo) -> Result<CudaRouters<D>> {
-        let bytes = router_places(shape, info, Ptr::NULL)?.1;
+        let bytes = router_places(&**device, shape, info, Ptr::NULL)?.1;
         check_room(&**device, "routers", bytes)?;
         let memory = Memory::zeroed(device, bytes)?;
-        let layers = router_places(shape, info, memory.at)?.0;
+        let layers = router_places(&**device, shape, info, memory.at)?.0;
         Ok(CudaRouters { layers, bytes, memory })
     }
 
@@ -99,8 +111,8 @@ impl<D: Device> CudaRouters<D> {
                 put(RouterTensor::AttnBias, r.attn.bias)?;
             }
             if r.rank > 0 {
-                put(RouterTensor::MlpDown, r.down)?;
-                in_bytes(&**device, file, l, r)?;
+                down_in_bytes(&**device, shape.dtype, file, l, r)?;
+                up_in_bytes(&**device, file, l, r)?;
             }
         }
         device.synchronize()?;
@@ -108,9 +120,12 @@ impl<D: Device> CudaRouters<D> {
     }
 }
 
-/// Neurons of a tile of the matrix of bytes, and columns of its pieces.
+/// Neurons of a tile of the second matrix's bytes, and columns of its pieces.
 const TILE: usize = 16;
 pub(super) const PIECE_COLUMNS: usize = 64;
+/// Rows of a tile of the first one's, and columns of its steps.
+const DOWN_TILE: usize = 128;
+const DOWN_STEP: usize = 64;
 
 /// Where `cuda/router_bytes.cuh` wants a number of a tile.
 fn place_of(row: usize, column: usize) -> usize {
@@ -119,29 +134,91 @@ fn place_of(row: usize, column: usize) -> usize {
     ((2 * piece + eight) * 32 + lane) * 16 + 8 * four + 4 * high + column % 4
 }
 
-/// The router's second matrix: 8 bits choose the neurons that the stored type chooses, but for near ties (see
-/// `mlp_routers_in_int8_choose_the_same_neurons`), and reading it is most of what the choice costs.
-fn in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRouters) -> Result<()> {
-    let tile = TILE * r.up_pieces() * PIECE_COLUMNS;
-    each_piece(file, layer, RouterTensor::MlpUp, TILE, |first, dtype, columns, raw| {
+/// Columns of the first matrix's bytes, with the zeros that fill up its last step.
+fn down_width(hidden: usize) -> usize {
+    hidden.next_multiple_of(DOWN_STEP)
+}
+
+/// Where `cuda/wide_bytes.cuh` wants a number of a tile.
+fn down_place(row: usize, column: usize) -> usize {
+    let (warp, half, lane) = (row % DOWN_TILE / 16, row / 8 % 2, row % 8 * 4 + column % 8 / 2);
+    let (step, sixteen, eight) = (column / DOWN_STEP, column / 16 % 4, column / 8 % 2);
+    (((step * 8 + warp) * 2 + half) * 32 + lane) * 16 + 4 * sixteen + 2 * eight + column % 2
+}
+
+/// Rows of an MLP router's matrix in 8 bits, so many at a time: `f` gets the first, the columns, their bytes, and their scales as they
+/// lie on the device.
+///
+/// 8 bits choose the neurons that the stored type chooses, but for near ties (see
+/// `mlp_routers_in_int8_choose_the_same_neurons`), and reading these matrices is most of what the choice costs.
+fn each_in_bytes(
+    file: &RouterFile,
+    layer: usize,
+    which: RouterTensor,
+    whole: usize,
+    mut f: impl FnMut(usize, usize, &[u8], &[u8]) -> Result<()>,
+) -> Result<()> {
+    each_piece(file, layer, which, whole, |first, dtype, columns, raw| {
         let line = columns * dtype.size();
         let n = raw.len() / line;
         let mut values = try_vec(columns, 0.0f32, "loading buffer")?;
-        let mut narrow = try_vec(columns, 0u8, "loading buffer")?;
-        let mut bytes = try_vec(n.div_ceil(TILE) * tile, 0u8, "loading buffer")?;
+        let mut bytes = try_vec(n * columns, 0u8, "loading buffer")?;
         let mut scales = try_vec(4 * n, 0u8, "loading buffer")?;
-        for (row, stored) in raw.chunks_exact(line).enumerate() {
+        let rows = raw.chunks_exact(line).zip(bytes.chunks_exact_mut(columns));
+        for ((stored, narrow), to) in rows.zip(scales.chunks_exact_mut(4)) {
             widen(dtype, stored, &mut values);
             let scale = scale_i8(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
-            narrow_i8(&values, scale, &mut narrow);
-            let out = &mut bytes[row / TILE * tile..][..tile];
-            for (c, v) in narrow.iter().enumerate() {
+            narrow_i8(&values, scale, narrow);
+            to.copy_from_slice(&scale.to_le_bytes());
+        }
+        f(first, columns, &bytes, &scales)
+    })
+}
+
+fn up_in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRouters) -> Result<()> {
+    let tile = TILE * r.up_pieces() * PIECE_COLUMNS;
+    each_in_bytes(file, layer, RouterTensor::MlpUp, TILE, |first, columns, bytes, scales| {
+        let mut tiles = try_vec((bytes.len() / columns).div_ceil(TILE) * tile, 0u8, "loading buffer")?;
+        for (row, values) in bytes.chunks_exact(columns).enumerate() {
+            let out = &mut tiles[row / TILE * tile..][..tile];
+            for (c, v) in values.iter().enumerate() {
                 out[place_of(row, c)] = *v;
             }
-            scales[4 * row..][..4].copy_from_slice(&scale.to_le_bytes());
         }
-        device.copy_in(r.up.offset((first / TILE * tile) as u64), &bytes)?;
-        device.copy_in(r.up_scales.offset(4 * first as u64), &scales)
+        device.copy_in(r.up.offset((first / TILE * tile) as u64), &tiles)?;
+        device.copy_in(r.up_scales.offset(4 * first as u64), scales)
+    })
+}
+
+/// Also as the model's type, for products that take no bytes: of the same numbers, so that no neuron depends on the product.
+fn down_in_bytes<D: Device>(
+    device: &D,
+    to: DType,
+    file: &RouterFile,
+    layer: usize,
+    r: &LayerRouters,
+) -> Result<()> {
+    each_in_bytes(file, layer, RouterTensor::MlpDown, DOWN_TILE, |first, columns, bytes, scales| {
+        let mut numbers = try_vec(4 * bytes.len(), 0u8, "loading buffer")?;
+        for (to, v) in numbers.chunks_exact_mut(4).zip(bytes) {
+            to.copy_from_slice(&f32::from(*v as i8).to_le_bytes());
+        }
+        let mut ready = try_vec(2 * bytes.len(), 0u8, "loading buffer")?;
+        narrow(DType::F32, &numbers, to, &mut ready);
+        device.copy_in(r.down.offset((2 * first * columns) as u64), &ready)?;
+        device.copy_in(r.down_scales.offset(4 * first as u64), scales)?;
+        if r.down_bytes == Ptr::NULL {
+            return Ok(());
+        }
+        let tile = DOWN_TILE * down_width(columns);
+        let mut tiles = try_vec((bytes.len() / columns).div_ceil(DOWN_TILE) * tile, 0u8, "loading buffer")?;
+        for (row, values) in bytes.chunks_exact(columns).enumerate() {
+            let out = &mut tiles[row / DOWN_TILE * tile..][..tile];
+            for (c, v) in values.iter().enumerate() {
+                out[down_place(row, c)] = *v;
+            }
+        }
+        device.copy_in(r.down_bytes.offset((first / DOWN_TILE * tile) as u64), &tiles)
     })
 }
 

@@ -6,6 +6,7 @@ use super::launch::{Kernels, MAX_DOWN_SPLITS, SKINNY_ROWS, TileSize};
 use super::memory::{Memory, Places};
 use super::neurons::Routing;
 use super::params::{Partial, Ptr};
+use super::projection::z_column;
 use super::routers::{CudaRouters, LayerRouters, PIECE_COLUMNS};
 use super::sampling::{self, Sampling};
 use super::shape::Shape;
@@ -243,9 +244,12 @@ fn places(
             router_sums = router_sums.max(forward(l.rank, d));
         }
         // With either router, or both.
-        for n in [l.attn_room(), l.rank, l.attn_room() + l.rank] {
-            qkv = qkv.max(few(s.qkv() + n));
-            unit_sums = unit_sums.max(few(n));
+        let behind = |n: usize| z_column(n as u32, k.takes_bytes(1)) as usize + l.rank;
+        qkv = qkv.max(few(s.qkv() + l.attn_room()));
+        unit_sums = unit_sums.max(few(l.attn_room()));
+        for units in [0, l.attn_room()] {
+            qkv = qkv.max(few(behind(s.qkv() + units)));
+            unit_sums = unit_sums.max(few(behind(units)));
         }
     }
     let has_mlp = z > 0;
