@@ -4,7 +4,8 @@
 
 use polar_sparsity::model::ModelSpec;
 
-/// Bytes of a number: weights, routers and cache are of a 16-bit type.
+/// Bytes of a number: weights, routers and cache are of a 16-bit type. That is the method's floor: MLP routers are kept
+/// in 8 bits here, so that a Polar step reads less of them than this counts.
 const STORED: f64 = 2.0;
 
 /// One kind of work, in all layers of a step together.
