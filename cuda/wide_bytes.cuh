@@ -12,7 +12,8 @@
 namespace wide {
 
 // Sums of the `tile`th 128 of those columns, as multiply() leaves them.
-template <class T, int NT, int LESS_DEPTH> DEVICE void multiply_bytes(const LinearParams& p, uint32_t tile, const Part& steps, float (&c)[NT][4]) {
+template <class T, int NT, int LESS_DEPTH>
+DEVICE void multiply_bytes(const LinearParams& p, uint32_t tile, const Part& steps, float (&c)[NT][4]) {
     constexpr uint32_t X_BYTES = NT * 8 * LINE, W_BYTES = COLUMNS * STEP, STAGE = W_BYTES + X_BYTES;
     constexpr int DEPTH = LESS_DEPTH * (2 * TILE + X_BYTES) / STAGE;
     let_next_start();

@@ -146,8 +146,8 @@ fn down_place(row: usize, column: usize) -> usize {
     (((step * 8 + warp) * 2 + half) * 32 + lane) * 16 + 4 * sixteen + 2 * eight + column % 2
 }
 
-/// Rows of an MLP router's matrix in 8 bits, so many at a time: `f` gets the first, the columns, their bytes, and their scales as they
-/// lie on the device.
+/// Rows of an MLP router's matrix in 8 bits, so many at a time: `f` gets the first, the columns, their bytes, and their
+/// scales as they lie on the device.
 ///
 /// 8 bits choose the neurons that the stored type chooses, but for near ties (see
 /// `mlp_routers_in_int8_choose_the_same_neurons`), and reading these matrices is most of what the choice costs.
