@@ -96,6 +96,8 @@ struct Case {
     pages: u32,
     /// Neurons of an MLP router whose scores are taken along, its rank, and how many are chosen; 0: none.
     scores: (usize, usize, usize),
+    /// These scores instead, whatever is in them.
+    given: Vec<f32>,
 }
 
 /// The output as bytes and the reference.
@@ -152,6 +154,9 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
     let (neurons, rank, chosen) = c.scores;
     let scores = (neurons > 0).then(|| {
         let size = (n, neurons, rank);
+        if !c.given.is_empty() {
+            return Scores::given(bench, &c.given).choosing(bench, chosen);
+        }
         if chosen == 0 {
             return Scores::new(bench, size, 0, false);
         }
@@ -246,6 +251,7 @@ fn case() -> Case {
         worker: Worker::Small,
         pages: 0,
         scores: (0, 0, 0),
+        given: vec![],
     }
 }
 
@@ -383,6 +389,40 @@ fn decode_takes_scores_of_any_number_along() {
     }
     // Nothing to attend to.
     decode(&Bench::new(0), &Case { lengths: vec![0; 3], ..along((136, 72, 8)) });
+}
+
+/// The block that chooses, among scores of every kind: ties, more of them than it ranks, and what is no number.
+#[test]
+pub fn decode_chooses_among_any_scores() {
+    let mut rng = Rng(11);
+    let mut spread: Vec<f32> = (0..2500).map(|_| (rng.normal() * 3.0).exp() as f32).collect();
+    let even: Vec<f32> = (0..1600).map(|_| rng.normal().abs() as f32).collect();
+    let ties: Vec<f32> = (0..1600).map(|i| 1.0 + (i * 37 % 5) as f32 * 1e-6).collect();
+    let pairs: Vec<f32> = (0..1200).map(|i| 1.0 + (i / 2 * 37 % 600) as f32 * 1e-5).collect();
+    let relu: Vec<f32> = (0..1000).map(|_| (rng.normal() as f32).max(0.0)).collect();
+    let mut odd = vec![0.0f32; 700];
+    for (at, v) in [(3, f32::INFINITY), (4, f32::NAN), (699, 1e-45), (31, 1e-45), (600, f32::MAX)] {
+        odd[at] = v;
+    }
+    (spread[0], spread[1]) = (1e30, 1e-30);
+    let lists: [(Vec<f32>, &[usize]); 9] = [
+        (spread, &[1, 2, 7, 640, 2499, 2500]),
+        (even, &[1, 160, 480, 1599]),
+        (ties, &[1, 320, 321, 800, 1599]),
+        (pairs, &[1, 2, 3, 601, 1199]),
+        (relu, &[100, 700, 1000]),
+        (odd, &[1, 2, 3, 4, 5, 320, 699, 700]),
+        (vec![0.75; 600], &[1, 333, 599]),
+        (vec![0.0; 600], &[1, 33, 600]),
+        (vec![f32::NAN; 300], &[1, 33, 300]),
+    ];
+    for (given, keeps) in lists {
+        for (i, &keep) in keeps.iter().enumerate() {
+            let worker = if i % 2 == 0 { Worker::Large } else { Worker::Small };
+            let case = along((given.len(), 8, keep));
+            decode(&Bench::new(i as u32), &Case { lengths: vec![17], worker, given: given.clone(), ..case });
+        }
+    }
 }
 
 /// A sequence of one KV head, in as many parts as there are workers.

@@ -35,6 +35,7 @@ const CASES: &[fn()] = &[
     router::router_products_leave_scores,
     router::rows_become_bytes,
     attention::decode_takes_scores_along,
+    attention::decode_chooses_among_any_scores,
     activated::products_with_an_activation_at_every_edge,
     activated::products_of_listed_rows_with_an_activation,
     activated::products_of_more_rows_with_an_activation,

@@ -102,6 +102,8 @@ pub struct Scores {
     pub choice: NeuronParams,
     expected: Vec<f64>,
     kept: usize,
+    /// Scores that are there already, any numbers.
+    given: bool,
 }
 
 impl Scores {
@@ -153,7 +155,15 @@ impl Scores {
             more: more.into(),
             ..Default::default()
         };
-        Scores { params, expected: want, kept: 0, choice: NeuronParams::default() }
+        Scores { params, expected: want, kept: 0, choice: NeuronParams::default(), given: false }
+    }
+
+    /// Of one row of zeros, which leaves these scores as they are.
+    pub fn given(bench: &Bench, scores: &[f32]) -> Scores {
+        let mut s = Scores::with(bench, (1, scores.len(), 8), 0, true, &[0.0]);
+        let wide: Vec<f64> = scores.iter().map(|&v| v.into()).collect();
+        s.params.scores = bench.floats(&wide);
+        Scores { expected: wide, given: true, ..s }
     }
 
     /// Group 0's best neurons are chosen as well.
@@ -175,11 +185,17 @@ impl Scores {
 
     pub fn check(&self, bench: &Bench) -> Vec<u8> {
         let got = bench.read_floats(self.params.scores, self.expected.len());
-        close(&got, &self.expected, 2e-6, &format!("scores {:?}", self.params));
+        if self.given {
+            assert_eq!(format!("{got:?}"), format!("{:?}", self.expected));
+        } else {
+            close(&got, &self.expected, 2e-6, &format!("scores {:?}", self.params));
+        }
         if self.kept > 0 {
             let n = self.params.n as usize;
+            let nans = got[..n].iter().filter(|v| v.is_nan()).count() as u32;
             let mut best: Vec<usize> = (0..n).collect();
-            best.sort_by(|&a, &b| got[b].total_cmp(&got[a]).then(a.cmp(&b)));
+            let order = |i: usize| if got[i].is_nan() { -1.0 } else { got[i] };
+            best.sort_by(|&a, &b| order(b).total_cmp(&order(a)).then(a.cmp(&b)));
             best.truncate(self.kept);
             best.sort_unstable();
             let (mut list, mut mask) = (vec![0; self.kept.next_multiple_of(8)], vec![0; n.div_ceil(32)]);
@@ -189,7 +205,7 @@ impl Scores {
             }
             assert_eq!(bench.read_words(self.choice.index, list.len()), list, "{} of {n}", self.kept);
             assert_eq!(bench.read_words(self.choice.masks, mask.len()), mask);
-            assert_eq!(bench.read_words(self.choice.nan_count, 1), [0]);
+            assert_eq!(bench.read_words(self.choice.nan_count, 1), [nans]);
             assert_eq!(bench.read_words(self.params.arrived, 1), [0], "the counter is not reset");
         }
         bench.bytes(self.params.scores, 4 * self.expected.len())
