@@ -29,6 +29,40 @@ struct Part {
     DEVICE_MEMBER uint32_t operator()(uint32_t s) const { return from + s; }
 };
 
+// Starts the loads of x of step `step`, which lies in a stage behind so many bytes of w.
+template <class T, int NT, uint32_t W_BYTES>
+DEVICE void copy_x(const LinearParams& p, uint32_t thread, uint32_t step, unsigned char* stage) {
+    const uint32_t piece = thread % 8, k = step * STEP + 8 * piece;
+    for (uint32_t r = thread / 8; r < NT * 8; r += THREADS / 8) {
+        if (r >= p.rows) continue;
+        const void* at = k < p.k ? (const T*)p.x + (uint64_t)r * p.k + k : p.x;
+        copy_async16(stage + W_BYTES + r * LINE + (piece ^ r) % 8 * 16, at, k < p.k);
+    }
+}
+
+// The steps of a block, whose first DEPTH - 1 stages are under way: `begin(s)`, then `multiply(ahead, stage)` when the stage
+// is in place, then the loads of step `ahead`, where there is one.
+template <uint32_t STAGE, int DEPTH, class Begin, class Multiply, class Issue>
+DEVICE void through_stages(unsigned char* shared, const uint32_t& count, const Begin& begin, const Multiply& multiply,
+                           const Issue& issue) {
+    unsigned char *stage = shared, *oldest = shared + (DEPTH - 1) * STAGE;
+    for (uint32_t s = 0; s < count; s++) {
+        const uint32_t ahead = s + DEPTH - 1;
+        begin(s);
+        copy_wait<DEPTH - 2>();
+        matrix_publish();
+        // This stage is in place, and the oldest one is free.
+        sync_block();
+        multiply(ahead, stage);
+        if (ahead < count) issue(ahead, oldest);
+        copy_commit();
+        oldest = stage;
+        stage = stage == shared + (DEPTH - 1) * STAGE ? shared : stage + STAGE;
+        matrix_wait();
+    }
+    copy_wait<0>();
+}
+
 // Sums of the block's columns, the `tile`th 128, over `steps(0)` .. `steps(steps.count - 1)` of k. K_LINES: w[k][j]; its steps
 // follow each other. `meanwhile` is what a thread does when its first loads are under way and the kernel ahead still runs.
 // Steps that TURN go on with another tile from step `turn` on, at least DEPTH - 1: `next_tile()` says which when its loads are
@@ -73,14 +107,7 @@ DEVICE void multiply(const LinearParams& p, uint32_t tile, Steps& steps, float (
             copy_async16(stage + r * LINE + (piece ^ r) % 8 * 16, k < p.k ? (const void*)at : p.w, k < p.k);
         }
     };
-    auto issue_x = [&](uint32_t s, unsigned char* stage) {
-        const uint32_t c = thread % 8, k = steps(s) * STEP + 8 * c;
-        for (uint32_t r = thread / 8; r < NT * 8; r += THREADS / 8) {
-            if (r >= p.rows) continue;
-            const void* at = k < p.k ? (const T*)p.x + (uint64_t)r * p.k + k : p.x;
-            copy_async16(stage + W_BYTES + r * LINE + (c ^ r) % 8 * 16, at, k < p.k);
-        }
-    };
+    auto issue_x = [&](uint32_t s, unsigned char* stage) { copy_x<T, NT, W_BYTES>(p, thread, steps(s), stage); };
 
     UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
     if (p.late & LATE_WEIGHTS) wait_for_previous();
@@ -108,40 +135,33 @@ DEVICE void multiply(const LinearParams& p, uint32_t tile, Steps& steps, float (
         if (s < steps.count) issue_x(s, shared + s * STAGE);
         copy_commit();
     }
-    unsigned char *stage = shared, *oldest = shared + (DEPTH - 1) * STAGE;
-    for (uint32_t s = 0; s < steps.count; s++) {
-        const uint32_t ahead = s + DEPTH - 1;
-        if constexpr (Steps::TURNS) {
-            if (s == steps.turn) {
-                steps.keep(c);
-                UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+    through_stages<STAGE, DEPTH>(
+        shared, steps.count,
+        [&](uint32_t s) {
+            if constexpr (Steps::TURNS) {
+                if (s == steps.turn) {
+                    steps.keep(c);
+                    UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+                }
             }
-        }
-        copy_wait<DEPTH - 2>();
-        matrix_publish();
-        // This stage is in place, and the oldest one is free.
-        sync_block();
-        if constexpr (Steps::TURNS) {
-            if (ahead == steps.turn) {
-                first = steps.next_tile() * COLUMNS;
-                end = first + COLUMNS < p.n ? first + COLUMNS : p.n;
-                find_rows();
+        },
+        [&](uint32_t ahead, unsigned char* stage) {
+            if constexpr (Steps::TURNS) {
+                if (ahead == steps.turn) {
+                    first = steps.next_tile() * COLUMNS;
+                    end = first + COLUMNS < p.n ? first + COLUMNS : p.n;
+                    find_rows();
+                }
             }
-        }
-        matrix_begin();
-        UNROLL for (int k16 = 0; k16 < STEP / 16; k16++)
-            matrix_multiply<T, K_LINES>(c, stage + group * TILE, stage + W_BYTES, k16);
-        matrix_end();
-        if (ahead < steps.count) {
-            issue_w(ahead, oldest);
-            issue_x(ahead, oldest);
-        }
-        copy_commit();
-        oldest = stage;
-        stage = stage == shared + (DEPTH - 1) * STAGE ? shared : stage + STAGE;
-        matrix_wait();
-    }
-    copy_wait<0>();
+            matrix_begin();
+            UNROLL for (int k16 = 0; k16 < STEP / 16; k16++)
+                matrix_multiply<T, K_LINES>(c, stage + group * TILE, stage + W_BYTES, k16);
+            matrix_end();
+        },
+        [&](uint32_t s, unsigned char* stage) {
+            issue_w(s, stage);
+            issue_x(s, stage);
+        });
 }
 
 // Those sums to `out`, as part `part`.

@@ -21,19 +21,11 @@ DEVICE void multiply_bytes(const LinearParams& p, uint32_t tile, const Part& ste
     const uint32_t thread = thread_index(), own = warp_index() * 1024 + lane_index() * 16;
     const uint32_t all = (p.k + STEP - 1) / STEP;
     const char* from = (const char*)p.bytes + ((uint64_t)tile * all + steps.from) * W_BYTES + own;
-    const uint32_t piece = thread % 8;
     auto issue_w = [&](uint32_t s, unsigned char* stage) {
         UNROLL for (uint32_t half = 0; half < 2; half++)
             copy_async16(stage + own + half * 512, from + s * W_BYTES + half * 512, true);
     };
-    auto issue_x = [&](uint32_t s, unsigned char* stage) {
-        const uint32_t k = steps(s) * STEP + 8 * piece;
-        for (uint32_t r = thread / 8; r < NT * 8; r += THREADS / 8) {
-            if (r >= p.rows) continue;
-            const void* at = k < p.k ? (const T*)p.x + (uint64_t)r * p.k + k : p.x;
-            copy_async16(stage + W_BYTES + r * LINE + (piece ^ r) % 8 * 16, at, k < p.k);
-        }
-    };
+    auto issue_x = [&](uint32_t s, unsigned char* stage) { copy_x<T, NT, W_BYTES>(p, thread, steps(s), stage); };
     UNROLL for (int n = 0; n < NT; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
     for (uint32_t s = 0; s < DEPTH - 1; s++)
         if (s < steps.count) issue_w(s, shared + s * STAGE);
@@ -42,32 +34,23 @@ DEVICE void multiply_bytes(const LinearParams& p, uint32_t tile, const Part& ste
         if (s < steps.count) issue_x(s, shared + s * STAGE);
         copy_commit();
     }
-    unsigned char *stage = shared, *oldest = shared + (DEPTH - 1) * STAGE;
-    for (uint32_t s = 0; s < steps.count; s++) {
-        const uint32_t ahead = s + DEPTH - 1;
-        copy_wait<DEPTH - 2>();
-        matrix_publish();
-        // This stage is in place, and the oldest one is free.
-        sync_block();
-        const Words4 low = *(const Words4*)(stage + own), high = *(const Words4*)(stage + own + 512);
-        uint32_t a[STEP / 16][4];
-        UNROLL for (int k16 = 0; k16 < STEP / 16; k16++) {
-            widen_bytes<T>(low.w[k16], a[k16][0], a[k16][2]);
-            widen_bytes<T>(high.w[k16], a[k16][1], a[k16][3]);
-        }
-        matrix_begin();
-        UNROLL for (int k16 = 0; k16 < STEP / 16; k16++) matrix_multiply_held<T>(c, a[k16], stage + W_BYTES, k16);
-        matrix_end();
-        if (ahead < steps.count) {
-            issue_w(ahead, oldest);
-            issue_x(ahead, oldest);
-        }
-        copy_commit();
-        oldest = stage;
-        stage = stage == shared + (DEPTH - 1) * STAGE ? shared : stage + STAGE;
-        matrix_wait();
-    }
-    copy_wait<0>();
+    through_stages<STAGE, DEPTH>(
+        shared, steps.count, [](uint32_t) {},
+        [&](uint32_t, unsigned char* stage) {
+            const Words4 low = *(const Words4*)(stage + own), high = *(const Words4*)(stage + own + 512);
+            uint32_t a[STEP / 16][4];
+            UNROLL for (int k16 = 0; k16 < STEP / 16; k16++) {
+                widen_bytes<T>(low.w[k16], a[k16][0], a[k16][2]);
+                widen_bytes<T>(high.w[k16], a[k16][1], a[k16][3]);
+            }
+            matrix_begin();
+            UNROLL for (int k16 = 0; k16 < STEP / 16; k16++) matrix_multiply_held<T>(c, a[k16], stage + W_BYTES, k16);
+            matrix_end();
+        },
+        [&](uint32_t s, unsigned char* stage) {
+            issue_w(s, stage);
+            issue_x(s, stage);
+        });
 }
 
 }  // namespace wide

@@ -391,7 +391,7 @@ fn decode_takes_scores_of_any_number_along() {
     decode(&Bench::new(0), &Case { lengths: vec![0; 3], ..along((136, 72, 8)) });
 }
 
-/// The block that chooses, among scores of every kind: ties, more of them than it ranks, and what is no number.
+/// The block that chooses, among scores of every kind: ties, few and many of them, and what is no number.
 #[test]
 pub fn decode_chooses_among_any_scores() {
     let mut rng = Rng(11);

@@ -91,22 +91,6 @@ impl Kernels {
         (launch, LinearParams { x, w, out, rows, n, k, splits, ..Default::default() })
     }
 
-    /// Whether the product of so many rows can have columns from bytes.
-    pub fn takes_bytes(&self, rows: u32) -> bool {
-        self.warpgroups && rows <= SKINNY_ROWS
-    }
-
-    /// That product with its columns from `first` on out of bytes (`cuda/wide_bytes.cuh`); those before it end at `ends`.
-    pub fn from_bytes(
-        &self,
-        (launch, params): (Launch, LinearParams),
-        bytes: Ptr,
-        (first, ends): (u32, u32),
-    ) -> (Launch, LinearParams) {
-        let launch = Launch { kernel: self.wide_bytes[variant(params.rows)], ..launch };
-        (launch, LinearParams { bytes, first_byte: first, ends, ..params })
-    }
-
     /// The same with the sums in at most so many parts.
     pub(super) fn product_in_parts(
         &self,
@@ -133,6 +117,22 @@ impl Kernels {
         let blocks = launch.grid.0 * launch.grid.1;
         let most = self.multiprocessors * params.splits / (4 * blocks).max(1);
         self.product_in_parts(most.max(1), of, size, out)
+    }
+
+    /// Whether the product of so many rows can have columns from bytes.
+    pub fn takes_bytes(&self, rows: u32) -> bool {
+        self.warpgroups && rows <= SKINNY_ROWS
+    }
+
+    /// A product with its columns from `first` on out of bytes (`cuda/wide_bytes.cuh`); those before it end at `ends`.
+    pub fn from_bytes(
+        &self,
+        (launch, params): (Launch, LinearParams),
+        bytes: Ptr,
+        (first, ends): (u32, u32),
+    ) -> (Launch, LinearParams) {
+        let launch = Launch { kernel: self.wide_bytes[variant(params.rows)], ..launch };
+        (launch, LinearParams { bytes, first_byte: first, ends, ..params })
     }
 
     /// The product turned round, for a narrow `w` and many rows of `x`: sums `[w's rows][x's rows]`. For up to

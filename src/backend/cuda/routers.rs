@@ -128,7 +128,7 @@ const DOWN_TILE: usize = 128;
 const DOWN_STEP: usize = 64;
 
 /// Where `cuda/router_bytes.cuh` wants a number of a tile.
-fn place_of(row: usize, column: usize) -> usize {
+fn up_place(row: usize, column: usize) -> usize {
     let (piece, eight, four) = (column / PIECE_COLUMNS, column / 8 % 2, column / 4 % 2);
     let (lane, high) = (row % 8 * 4 + column / 16 % 4, row / 8 % 2);
     ((2 * piece + eight) * 32 + lane) * 16 + 8 * four + 4 * high + column % 4
@@ -175,16 +175,27 @@ fn each_in_bytes(
     })
 }
 
+/// Rows of bytes in tiles of `rows` rows and `size` bytes, each number where `place` says within its tile, zeros elsewhere.
+fn in_tiles(
+    bytes: &[u8],
+    columns: usize,
+    (rows, size): (usize, usize),
+    place: fn(usize, usize) -> usize,
+) -> Result<Vec<u8>> {
+    let mut tiles = try_vec((bytes.len() / columns).div_ceil(rows) * size, 0u8, "loading buffer")?;
+    for (row, values) in bytes.chunks_exact(columns).enumerate() {
+        let tile = &mut tiles[row / rows * size..][..size];
+        for (column, v) in values.iter().enumerate() {
+            tile[place(row, column)] = *v;
+        }
+    }
+    Ok(tiles)
+}
+
 fn up_in_bytes<D: Device>(device: &D, file: &RouterFile, layer: usize, r: &LayerRouters) -> Result<()> {
     let tile = TILE * r.up_pieces() * PIECE_COLUMNS;
     each_in_bytes(file, layer, RouterTensor::MlpUp, TILE, |first, columns, bytes, scales| {
-        let mut tiles = try_vec((bytes.len() / columns).div_ceil(TILE) * tile, 0u8, "loading buffer")?;
-        for (row, values) in bytes.chunks_exact(columns).enumerate() {
-            let out = &mut tiles[row / TILE * tile..][..tile];
-            for (c, v) in values.iter().enumerate() {
-                out[place_of(row, c)] = *v;
-            }
-        }
+        let tiles = in_tiles(bytes, columns, (TILE, tile), up_place)?;
         device.copy_in(r.up.offset((first / TILE * tile) as u64), &tiles)?;
         device.copy_in(r.up_scales.offset(4 * first as u64), scales)
     })
@@ -211,13 +222,7 @@ fn down_in_bytes<D: Device>(
             return Ok(());
         }
         let tile = DOWN_TILE * down_width(columns);
-        let mut tiles = try_vec((bytes.len() / columns).div_ceil(DOWN_TILE) * tile, 0u8, "loading buffer")?;
-        for (row, values) in bytes.chunks_exact(columns).enumerate() {
-            let out = &mut tiles[row / DOWN_TILE * tile..][..tile];
-            for (c, v) in values.iter().enumerate() {
-                out[down_place(row, c)] = *v;
-            }
-        }
+        let tiles = in_tiles(bytes, columns, (DOWN_TILE, tile), down_place)?;
         device.copy_in(r.down_bytes.offset((first / DOWN_TILE * tile) as u64), &tiles)
     })
 }
