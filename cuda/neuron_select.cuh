@@ -1,191 +1,337 @@
-// Which neurons a group of rows keeps: the largest of their scores. Exact: ties go to the lower index, NaN sorts last and
-// is counted; lists are ascending.
+// Which neurons a group of rows keeps, chosen by one block of few threads, with which a list of thousands has to be ready soon:
+// decode attention's last block. The largest of their scores; exact: ties go to the lower index, NaN sorts last and is counted;
+// lists are ascending.
+//
+// What costs it least is to look at all scores again, compared and counted as numbers, which a multiprocessor does at twice
+// the rate of whole ones: a sample says where the threshold may lie, two or three looks how many scores are above places
+// around it, and the last LEFT between two places are compared with each other.
+//
+// Its instructions come from afar, and while pages are read each line of eight may take microseconds. So they are fetched in a
+// rehearsal, before there are scores: every warp does a stage of its own, with a few numbers of its own, at the same time.
 #pragma once
 #include "common.cuh"
 
 namespace neurons {
 
-// A key's three digits, high to low: exponent and four bits of the fraction in 12 bits, then twice DIGIT.
-constexpr int DIGIT = 10;
-constexpr int TOP_BINS = 4096, BINS = 1024;
+// Of 32 values at `from` the bits of those above `low` and not above `high`.
+DEVICE_CALL uint32_t bits_between(const float* from, float low, float high) {
+    uint32_t y = 0;
+    UNROLL for (uint32_t i = 0; i < 32; i += 4) {
+        const Floats4 v = *(const Floats4*)(from + i);
+        UNROLL for (int j = 0; j < 4; j++)
+            if (v.v[j] > low && v.v[j] <= high) y |= 1u << (i + j);
+    }
+    return y;
+}
 
-// Sorts as the scores do, which are never negative; NaN 1, zero 2, infinity 0xff000002. 0 is what is no neuron.
-DEVICE uint32_t score_key(float v) { return v > 0 ? 2 * bits_of_float(v) + 2 : 1 + (v == v); }
+constexpr uint32_t LEFT = 128;
+// Of LEFT numbers, WAYS threads have the same one: how many of them are larger, and how many are as large or larger.
+template <uint32_t WAYS> DEVICE_CALL Words2 rank(const float* list) {
+    const float own = list[thread_index() / WAYS];
+    float larger[2] = {0, 0}, as_large[2] = {0, 0};
+    UNROLL_BY(1) for (uint32_t i = 4 * (thread_index() % WAYS); i < LEFT; i += 16 * WAYS) {
+        UNROLL for (uint32_t k = 0; k < 4; k++) {
+            const Floats4 v = *(const Floats4*)(list + i + 4 * k * WAYS);
+            UNROLL for (int j = 0; j < 4; j++) {
+                if (v.v[j] > own) larger[j % 2] += 1;
+                if (v.v[j] >= own) as_large[j % 2] += 1;
+            }
+        }
+    }
+    float sum[2] = {larger[0] + larger[1], as_large[0] + as_large[1]};
+    if (WAYS == 2) UNROLL for (int i = 0; i < 2; i++) sum[i] += shuffle_xor(sum[i], 1);
+    return {{(uint32_t)sum[0], (uint32_t)sum[1]}};
+}
 
-struct Found {
-    uint32_t digit;
-    uint32_t left;   // still wanted in that bin
-    uint32_t count;  // in that bin
+// What it takes of NeuronParams, by value: a called function that has a pointer to them would load them.
+struct ChoiceParams {
+    const float* scores;
+    uint32_t *index, *masks, *nan_count;
+    uint32_t n, keep;
 };
 
-// From the top, the bin in which `wanted` falls. Bin 0 is not counted and stands for all the rest. Every
-// warp sums its share of the bins, then all of them search: one barrier, no broadcast.
-template <int BINS_, int WARPS> DEVICE Found search(const uint32_t* histogram, uint32_t* sums, uint32_t wanted) {
-    constexpr int EACH = BINS_ / WARPS / 32;
-    const int lane = lane_index();
-    auto bins = [&](uint32_t warp, uint32_t from) { return histogram + (warp * 32 + from) * EACH; };
-    uint32_t own = 0;
-    // In an order in which lanes meet on no bank.
-    UNROLL for (int i = 0; i < EACH; i++) own += bins(warp_index(), lane)[(i + lane) % EACH];
-    own = warp_add(own);
-    if (lane == 0) sums[warp_index()] = own;
-    sync_block();
-    // Lane l has the warps' (then the bins') sums from the top: inclusive sums over the lanes below it.
-    auto scan = [&](uint32_t v) {
-        for (int m = 1; m < 32; m *= 2) {
-            const uint32_t from = shuffle(v, (lane - m) & 31);
-            if (lane >= m) v += from;
+template <int WARPS> struct Choice {
+    static constexpr uint32_t THREADS = 32 * WARPS, CUTS = 3, WAYS = THREADS / LEFT;
+    static_assert(WAYS == 1 || WAYS == 2, "");
+    // Words of shared memory ahead of the values; and of what a warp's rehearsal uses, with 32 values a thread.
+    static constexpr uint32_t HEAD = LEFT + 2 * 2 * 32 + 2 * 32 + 32, REHEARSED = HEAD + 32 * (32 + 4) + 32;
+    // Places in `found`; the first are for CUTS.
+    static constexpr uint32_t LISTED = CUTS, THRESHOLD = CUTS + 1, TIES = CUTS + 2;
+    // A barrier stands behind each.
+    enum Stage : uint32_t { LOAD, SAMPLE, GUESS, NARROW, COLLECT, COMPARE, MASK, LIST, STAGES };
+
+    const ChoiceParams p;
+    const bool rehearsal;
+    const uint32_t n, keep;
+    // A thread has so many neurons one after another, a multiple of 32, four words ahead of the next thread's: so lanes that
+    // load four of theirs meet on no bank.
+    const uint32_t each;
+    const uint32_t lane = lane_index(), thread;
+
+    float* const list;      // [LEFT] a sample, then what is left
+    Words2* const counts;   // [2][32], in turn
+    uint32_t* const sums;   // [2][32]
+    uint32_t* const found;  // [32] zeros, until threads that have found something or it in: all of them the same
+    float* const values;    // [THREADS][each + 4], in whose place then the list of neurons
+    float* const mine;
+    uint32_t* const words;  // [2][each / 32][THREADS] of the mask; of those equal to the threshold
+
+    // At least `keep` scores are above `low`, fewer above `high`. Scores are not negative; NaN stands as -1, and what is no
+    // neuron as -2.
+    float low = -2, high = -NEGATIVE_INFINITY;
+    uint32_t above_low, above_high = 0;
+    float cut[CUTS] = {0, 0, 0};
+    // Of the thread's own: those above `low`, above `high`, and above each cut at the last of so many looks.
+    uint32_t own_low, own_high = 0, own[CUTS] = {0, 0, 0}, looks = 0;
+    bool equal_parts = false;
+    uint32_t ahead = 0;  // kept by the lanes below
+
+    // Bytes of shared memory: `choice_bytes` in launch.rs.
+    DEVICE_MEMBER Choice(const ChoiceParams& p, float* shared, bool rehearsal)
+        : p(p), rehearsal(rehearsal), n(rehearsal ? 32 * 32 : p.n), keep(rehearsal ? n : p.keep),
+          each((n + 32 * THREADS - 1) / (32 * THREADS) * 32), thread(rehearsal ? lane : thread_index()),
+          list(shared), counts((Words2*)(list + LEFT)), sums((uint32_t*)(counts + 2 * 32)), found(sums + 2 * 32),
+          values((float*)(found + 32)), mine(values + thread * (each + 4)),
+          words((uint32_t*)(values + (rehearsal ? 32 : THREADS) * (each + 4))), above_low(n) {
+        own_low = thread * each >= n ? 0 : n - thread * each < each ? n - thread * each : each;
+    }
+
+    // The stages one after another, NARROW until the threshold is known; in a rehearsal each by another warp.
+    DEVICE_MEMBER void run() {
+        uint32_t stage = rehearsal ? warp_index() : LOAD;
+        do {
+            if (stage == LOAD) load();
+            if (stage == SAMPLE) sample();
+            if (stage == GUESS) guess();
+            if (stage == NARROW) {
+                decide();
+                if (rehearsal || open()) look();
+                else stage = above_low != keep && left() <= LEFT ? COLLECT : MASK;
+            }
+            if (stage == COLLECT) collect();
+            if (stage == COMPARE) compare();
+            if (stage == MASK) mask();
+            if (stage == LIST) write_list();
+            sync_block();
+            if (rehearsal) stage += WARPS;
+            else if (stage != NARROW) stage++;
+        } while (stage < STAGES);
+        uint32_t* to = rehearsal ? (uint32_t*)values : p.index;
+        UNROLL_BY(1) for (uint32_t i = 4 * thread; i < end(); i += 4 * THREADS)
+            *(Words4*)(to + i) = *(const Words4*)(values + i);
+        sync_block();
+    }
+
+    // Ahead of a rehearsal: zeros, and a one for each thread.
+    DEVICE_MEMBER void prepare() {
+        UNROLL_BY(1) for (uint32_t i = lane; i < REHEARSED; i += 32) list[i] = 0;
+        sync_warp();
+        mine[lane] = 1;
+        low = .5f, high = 1, equal_parts = true, own_low = 1;
+        sync_warp();
+    }
+
+    DEVICE_MEMBER uint32_t end() { return (keep + 7) / 8 * 8; }
+    DEVICE_MEMBER uint32_t left() { return above_low - above_high; }
+    // The next smaller number, of those that scores may be or stand for.
+    DEVICE_MEMBER static float below(float v) { return v > 0 ? float_of_bits(bits_of_float(v) - 1) : v - 1; }
+    // Whether the threshold is still to be narrowed down.
+    DEVICE_MEMBER bool open() { return above_low != keep && left() > LEFT && below(high) > low; }
+
+    DEVICE_MEMBER void load() {
+        const uint32_t part = ~0u / each + 1;  // 2^32 / each, rounded up
+        auto place = [&](uint32_t i) { return values + i + 4 * (uint32_t)((uint64_t)i * part >> 32); };
+        UNROLL_BY(1) for (uint32_t i = 4 * thread; i + 4 <= n; i += 4 * THREADS)
+            copy_async16(place(i), p.scores + i, !rehearsal);
+        copy_commit();
+        UNROLL_BY(1) for (uint32_t i = n / 4 * 4 + thread; i < THREADS * each && !rehearsal; i += THREADS)
+            *(place(i / 4 * 4) + i % 4) = i >= n ? -2.0f : p.scores[i];
+        if (thread < 32) found[thread] = 0;
+        copy_wait<0>();
+    }
+
+    // One of the thread's own, of which none is NaN from here on.
+    DEVICE_MEMBER void sample() {
+        float sum = 0;
+        UNROLL_BY(1) for (uint32_t i = 0; i < each; i += 16) {
+            UNROLL for (uint32_t k = 0; k < 16; k += 4) {
+                const Floats4 v = *(const Floats4*)(mine + i + k);
+                sum += (v.v[0] + v.v[1]) + (v.v[2] + v.v[3]);
+            }
+        }
+        if (sum != sum) {
+            uint32_t nans = 0;
+            UNROLL_BY(1) for (uint32_t i = 0; i < each; i++) {
+                if (mine[i] == mine[i]) continue;
+                mine[i] = -1;
+                nans++;
+            }
+            atomic_add(p.nan_count, nans);
+        }
+        if (thread % WAYS == 0) list[thread / WAYS] = mine[5 * thread % 32];
+    }
+
+    // Places around the one that the threshold has in a sample, one and a half times as far from it as it may well be.
+    DEVICE_MEMBER void guess() {
+        const Words2 r = rank<WAYS>(list);
+        const int likely = (int)((float)(LEFT * keep) * reciprocal_fast((float)(THREADS * each)));
+        UNROLL for (int c = 0; c < (int)CUTS; c++) {
+            int wanted = likely + 9 * (c - 1);
+            wanted = wanted < 0 ? 0 : wanted;
+            if ((int)r.w[0] <= wanted && wanted < (int)r.w[1]) atomic_or(found + c, bits_of_float(list[thread / WAYS]));
+        }
+    }
+
+    // By what the last look has found, where to look next.
+    DEVICE_MEMBER void decide() {
+        if (!looks && !rehearsal) {
+            UNROLL for (uint32_t c = 0; c < CUTS; c++) cut[c] = float_of_bits(found[c]);
+            return;
+        }
+        Words2 all = {{0, 0}};
+        if (lane < WARPS) all = counts[32 * (looks % 2) + lane];
+        all = {{warp_add(all.w[0]), warp_add(all.w[1])}};
+        const uint32_t sum[CUTS] = {all.w[0] & 0xffff, all.w[0] >> 16, all.w[1]}, before = left();
+        UNROLL for (uint32_t c = 0; c < CUTS; c++) {
+            if (sum[c] >= keep && cut[c] > low) low = cut[c], above_low = sum[c], own_low = own[c];
+            if (sum[c] < keep && cut[c] < high) high = cut[c], above_high = sum[c], own_high = own[c];
+        }
+        // Where the threshold would be, were those between spread evenly, with what is left around it; in equal parts of all
+        // numbers if that has just brought little.
+        equal_parts = !equal_parts && left() > before / 4;
+        const float floor = low > 0 ? low : 0.0f;
+        if (equal_parts) {
+            const uint32_t from = bits_of_float(floor), to = bits_of_float(high), part = (to - from) / 4;
+            cut[0] = float_of_bits(from + part);
+            cut[1] = float_of_bits(from + 2 * part);
+            cut[2] = float_of_bits(to - 1 - part);
+        } else {
+            const float step = (high - floor) * reciprocal_fast((float)left()), margin = (float)(left() / 64 + 80);
+            const float likely = (float)(above_low - keep);
+            UNROLL for (int c = 0; c < (int)CUTS; c++) cut[c] = floor + step * (likely + margin * (float)(c - 1));
+        }
+        if (low < 0) cut[0] = low + 1;
+    }
+
+    // How many scores are above each cut.
+    DEVICE_MEMBER void look() {
+        float count[CUTS][2];
+        UNROLL for (uint32_t c = 0; c < CUTS; c++) count[c][0] = count[c][1] = 0;
+        UNROLL_BY(1) for (uint32_t i = 0; i < each; i += 16) {
+            UNROLL for (uint32_t k = 0; k < 16; k += 4) {
+                const Floats4 v = *(const Floats4*)(mine + i + k);
+                UNROLL for (uint32_t c = 0; c < CUTS; c++) {
+                    UNROLL for (int j = 0; j < 4; j++)
+                        if (v.v[j] > cut[c]) count[c][j % 2] += 1;
+                }
+            }
+        }
+        // Two in a word: there are fewer than 65536 neurons.
+        UNROLL for (uint32_t c = 0; c < CUTS; c++) own[c] = (uint32_t)(count[c][0] + count[c][1]);
+        const Words2 all = {{warp_add(own[0] + (own[1] << 16)), warp_add(own[2])}};
+        looks++;
+        if (lane == 0) counts[32 * (looks % 2) + warp_index()] = all;
+    }
+
+    // The few that are left between `low` and `high`.
+    DEVICE_MEMBER void collect() {
+        const uint32_t count = own_low - own_high, all = upto(count);
+        uint32_t first = 0;
+        if (lane == 31) first = atomic_add(found + LISTED, all);
+        float* to = list + shuffle(first, 31) + all - count;
+        UNROLL_BY(1) for (uint32_t from = 0; from < each; from += 32) {
+            uint32_t rest = bits_between(mine + from, low, high);
+            UNROLL_BY(1) for (; rest; rest &= rest - 1) *to++ = mine[from + lowest_bit(rest)];
+        }
+        if (thread >= left() && thread < LEFT) list[thread] = -3;
+    }
+
+    // The threshold is one of them. All above it stay, and so many of those equal to it.
+    DEVICE_MEMBER void compare() {
+        const Words2 r = rank<WAYS>(list);
+        const uint32_t wanted = keep - above_high;
+        if (wanted <= r.w[0] || r.w[1] < wanted) return;
+        const float own = list[thread / WAYS];
+        const bool all = wanted == r.w[1];
+        atomic_or(found + THRESHOLD, bits_of_float(all ? below(own) : own));
+        atomic_or(found + TIES, all ? 0 : wanted - r.w[0]);
+    }
+
+    // Sum over the warp's lanes up to this one.
+    DEVICE_MEMBER uint32_t upto(uint32_t v) {
+        UNROLL for (int m = 1; m < 32; m *= 2) {
+            const uint32_t other = shuffle(v, (lane - m) & 31);
+            if ((int)lane >= m) v += other;
         }
         return v;
-    };
-    own = lane < WARPS ? sums[WARPS - 1 - lane] : 0;
-    uint32_t upto = scan(own), hits = vote(upto >= wanted);
-    if (!hits) return {0, wanted - shuffle(upto, 31), ~0u};
-    int hit = lowest_bit(hits);
-    const uint32_t before = shuffle(upto - own, hit), warp = WARPS - 1 - hit;
-    const uint32_t* mine = bins(warp, 31 - lane);
-    own = 0;
-    UNROLL for (int i = 0; i < EACH; i++) own += mine[(i + lane) % EACH];
-    upto = before + scan(own);
-    hit = lowest_bit(vote(upto >= wanted));
-    uint32_t left = wanted - (upto - own), place = EACH - 1;
-    if (lane == hit)
-        while (mine[place] < left) left -= mine[place--];
-    const uint32_t count = shuffle(lane == hit ? mine[place] : 0, hit);
-    return {(warp * 32 + 31 - hit) * EACH + shuffle(place, hit), shuffle(left, hit), count};
-}
+    }
+    DEVICE_MEMBER uint32_t of_warps_below(const uint32_t* sums) {
+        return warp_add((int)lane < warp_index() ? sums[lane] : 0);
+    }
 
-// Goes through words of keys in ascending order: all above the threshold stay, and the first `ties` of those equal to it.
-struct Keeper {
-    uint32_t threshold, ties;
-    uint32_t above, equal;  // so many of those so far
+    // The mask of those that stay.
+    DEVICE_MEMBER void mask() {
+        float threshold = low;
+        uint32_t ties = 0;
+        if (above_low != keep) {
+            const bool compared = left() <= LEFT;
+            threshold = compared ? float_of_bits(found[THRESHOLD]) : high;
+            ties = compared ? found[TIES] : keep - above_high;
+        }
+        uint32_t* equal = words + THREADS * each / 32;
+        if (ties) {
+            uint32_t count = 0;
+            UNROLL_BY(1) for (uint32_t from = 0; from < each; from += 32) {
+                const uint32_t word = bits_between(mine + from, below(threshold), threshold);
+                equal[from / 32 * THREADS + thread] = word;
+                count += count_bits(word);
+            }
+            const uint32_t all = upto(count);
+            if (lane == 31) sums[32 + warp_index()] = all;
+            sync_block();
+            const uint32_t earlier = of_warps_below(sums + 32) + all - count;
+            ties = earlier < ties ? ties - earlier : 0;
+        }
+        uint32_t kept = 0, *to = rehearsal ? words : p.masks;
+        UNROLL_BY(1) for (uint32_t from = 0; from < each; from += 32) {
+            const uint32_t at = from / 32 * THREADS + thread, i = thread * each + from;
+            uint32_t word = bits_between(mine + from, threshold, -NEGATIVE_INFINITY);
+            uint32_t rest = ties ? equal[at] : 0;
+            UNROLL_BY(1) for (; rest && ties; rest &= rest - 1, ties--) word |= rest & (0 - rest);
+            kept += count_bits(word);
+            words[at] = word;
+            if (i < n) to[i / 32] = word;
+        }
+        const uint32_t all = upto(kept);
+        if (lane == 31) sums[warp_index()] = all;
+        ahead = all - kept;
+    }
 
-    // Which of a word's keys stay, a lane's each; and this lane's place in the list if it does.
-    DEVICE_MEMBER uint32_t word(uint32_t key, uint32_t& place) {
-        const uint32_t lane = lane_index(), below = (1u << lane) - 1;
-        const uint32_t more = vote(key > threshold), same = vote(key == threshold);
-        const bool stays = more >> lane & 1 || (same >> lane & 1 && equal + count_bits(same & below) < ties);
-        const uint32_t bits = vote(stays);
-        place = above + (equal < ties ? equal : ties) + count_bits(bits & below);
-        above += count_bits(more);
-        equal += count_bits(same);
-        return bits;
+    // Their list, in place of the scores.
+    DEVICE_MEMBER void write_list() {
+        uint32_t* to = (uint32_t*)values + of_warps_below(sums) + ahead;
+        UNROLL_BY(1) for (uint32_t from = 0; from < each; from += 32) {
+            uint32_t word = words[from / 32 * THREADS + thread], i = thread * each + from;
+            UNROLL_BY(1) for (uint32_t k = 0; k < 32; k += 16, i += 16, word >>= 16) {
+                UNROLL for (uint32_t j = 0; j < 16; j++)
+                    if (word >> j & 1) *to++ = i + j;
+            }
+        }
+        if (thread < end() - keep) ((uint32_t*)values)[keep + thread] = 0;
     }
 };
 
-// Words of shared memory that `select_by_block` takes for n neurons.
-DEVICE uint32_t select_words(uint32_t n) { return 2 * 32 + TOP_BINS + 2 * BINS + (n + 31) / 32 * 32; }
-
-// Bins for `select_by_block`: numbers from 2^-16 to 2^16 by their exponent and seven bits of their fraction, larger ones in
-// the last, smaller ones and zeros in bin 0. So fine that few threads meet in one, and few keys are left to divide.
-constexpr uint32_t FIRST_KEY = (127 - 16) << 24, BIN_KEYS = 1 << 17;
-DEVICE uint32_t fine_bin(uint32_t key) {
-    const uint32_t bin = (key - FIRST_KEY) / BIN_KEYS;
-    return key < FIRST_KEY ? 0 : bin < TOP_BINS - 2 ? bin + 1 : TOP_BINS - 1;
+// Called, not part of its caller, where the compiler would be short of registers.
+template <int WARPS> DEVICE_CALL void choose(const ChoiceParams p, float* shared, bool rehearsal) {
+    using Block = Choice<WARPS>;
+    Block block(p, shared + (rehearsal ? warp_index() * Block::REHEARSED : 0), rehearsal);
+    if (rehearsal) block.prepare();
+    block.run();
 }
 
-// Group 0's list and mask by one block of few threads, which has nothing else to do: as `select` in neurons.cu, with the
-// scores in shared memory, where they become keys. A thread takes BATCH of them at a time, all loaded before the first is
-// used. A rehearsal does the same with fewer neurons and scores of its own, and touches only shared memory.
+// Group 0's list and mask, as `select` in neurons.cu makes them, with the scores in shared memory.
 template <int WARPS> DEVICE void select_by_block(const NeuronParams& p, unsigned char* shared, bool rehearsal) {
-    constexpr uint32_t BATCH = 8, THREADS = 32 * WARPS;
-    uint32_t* sums = (uint32_t*)shared;    // [32]
-    uint32_t* kept = sums + 32;            // [32]
-    uint32_t* top = kept + 32;             // [4096]
-    uint32_t* middle = top + TOP_BINS;     // [2][1024]
-    uint32_t* keys = middle + 2 * BINS;    // [n up to a multiple of 32]
-    const uint32_t n = rehearsal && p.n > BATCH * THREADS ? BATCH * THREADS : p.n, keep = rehearsal ? (n + 1) / 2 : p.keep0;
-    const uint32_t thread = thread_index(), lane = lane_index(), words = (n + 31) / 32;
-    for (uint32_t i = 4 * thread; i < n; i += 4 * THREADS) {
-        if (i + 4 <= n) copy_async16(keys + i, p.scores + i, !rehearsal);
-        else for (uint32_t j = i; j < n; j++) keys[j] = rehearsal ? 0 : bits_of_float(p.scores[j]);
-    }
-    copy_commit();
-    for (uint32_t i = thread; i < TOP_BINS + 2 * BINS; i += THREADS) top[i] = 0;
-    copy_wait<0>();
-    sync_block();
-    auto batch = [&](uint32_t (&k)[BATCH], uint32_t first, uint32_t step, uint32_t end) {
-        UNROLL for (uint32_t j = 0; j < BATCH; j++) k[j] = first + j * step < end ? keys[first + j * step] : 0;
-    };
-    uint32_t nans = 0;
-    UNROLL_BY(1) for (uint32_t i = thread; i < 32 * words; i += BATCH * THREADS) {
-        uint32_t k[BATCH];
-        batch(k, i, THREADS, n);
-        UNROLL for (uint32_t j = 0; j < BATCH; j++) {
-            const uint32_t at = i + j * THREADS;
-            if (rehearsal) k[j] = 0x3f800000u + (at * 0x9e3779b1u >> 6);  // from 1 to 16
-            k[j] = at < n ? score_key(float_of_bits(k[j])) : 0;
-            nans += k[j] == 1;
-            if (at < 32 * words) keys[at] = k[j];
-            k[j] = fine_bin(k[j]);
-        }
-        UNROLL for (uint32_t j = 0; j < BATCH; j++)
-            if (k[j]) atomic_add(top + k[j], 1);
-    }
-    nans = warp_add(nans);
-    if (nans && lane == 0) atomic_add(p.nan_count, nans);
-    sync_block();
-    Found found = search<TOP_BINS, WARPS>(top, sums, keep);
-    // The threshold is among `span` keys from `low` on.
-    const bool last = found.digit == TOP_BINS - 1;
-    uint32_t low = found.digit ? FIRST_KEY + (found.digit - 1) * BIN_KEYS : 0;
-    uint32_t span = !found.digit ? FIRST_KEY : last ? 0 - low : BIN_KEYS;
-    int bits = found.digit && !last ? 17 : 31;  // that number them
-    UNROLL_BY(1) for (int level = 0; bits && found.count != found.left; level++) {
-        uint32_t* histogram = middle + level % 2 * BINS;
-        if (level > 1) {
-            for (uint32_t i = thread; i < BINS; i += THREADS) histogram[i] = 0;
-            sync_block();
-        }
-        bits = bits > DIGIT ? bits - DIGIT : 0;
-        UNROLL_BY(1) for (uint32_t i = thread; i < 32 * words; i += BATCH * THREADS) {
-            uint32_t k[BATCH];
-            batch(k, i, THREADS, 32 * words);
-            UNROLL for (uint32_t j = 0; j < BATCH; j++) {
-                const uint32_t at = k[j] - low, digit = at >> bits;
-                if (at < span && digit) atomic_add(histogram + digit, 1);
-            }
-        }
-        sync_block();
-        found = search<BINS, WARPS>(histogram, sums, found.left);
-        low += found.digit << bits;
-        span = 1u << bits;
-    }
-    const bool whole_bin = found.count == found.left;
-    const uint32_t threshold = whole_bin ? low - 1 : low, ties = whole_bin ? 0 : found.left;
-    // A warp has so many words one after another.
-    const uint32_t each = (words + WARPS - 1) / WARPS, first = warp_index() * each;
-    const uint32_t end = first + each < words ? first + each : words;
-    uint32_t mine = 0;
-    UNROLL_BY(8) for (uint32_t word = first; word < end; word++) {
-        const uint32_t k = keys[32 * word + lane];
-        mine += (k > threshold) + ((uint32_t)(k == threshold) << 16);
-    }
-    mine = warp_add(mine);
-    if (lane == 0) kept[warp_index()] = mine;
-    sync_block();
-    const uint32_t ahead = warp_add((int)lane < warp_index() ? kept[lane] : 0), below = (1u << lane) - 1;
-    Keeper keeper = {threshold, ties, ahead & 0xffff, ahead >> 16};
-    // Mostly all that stay are above the threshold.
-    if (!ties) {
-        UNROLL_BY(1) for (uint32_t word = first; word < end; word += BATCH) {
-            uint32_t k[BATCH];
-            batch(k, 32 * word + lane, 32, 32 * end);
-            UNROLL for (uint32_t j = 0; j < BATCH; j++) {
-                const uint32_t bits = vote(k[j] > threshold);
-                if (k[j] > threshold && !rehearsal) p.index[keeper.above + count_bits(bits & below)] = 32 * (word + j) + lane;
-                if (lane == 0 && word + j < end && !rehearsal) p.masks[word + j] = bits;
-                keeper.above += count_bits(bits);
-            }
-        }
-    } else UNROLL_BY(1) for (uint32_t word = first; word < end; word++) {
-        uint32_t place;
-        const uint32_t bits = keeper.word(keys[32 * word + lane], place);
-        if (bits >> lane & 1 && !rehearsal) p.index[place] = 32 * word + lane;
-        if (lane == 0 && !rehearsal) p.masks[word] = bits;
-    }
-    if (!rehearsal && thread < 8 && keep % 8 && thread >= keep % 8) p.index[keep / 8 * 8 + thread] = 0;
-    sync_block();
+    choose<WARPS>({p.scores, p.index, p.masks, p.nan_count, p.n, p.keep0}, (float*)shared, rehearsal);
 }
 
 }  // namespace neurons

@@ -1,6 +1,6 @@
 // Which neurons a decode step computes: the largest sums of positive router logits over a group of
 // rows. Exact: ties go to the lower index, NaN sorts last and is counted; lists are ascending.
-#include "neuron_select.cuh"
+#include "common.cuh"
 
 namespace neurons {
 
@@ -26,6 +26,74 @@ DEVICE void scores(const NeuronParams& p) {
         p.scores[(uint64_t)block_y() * p.n + j] =
             quarters[place] + quarters[64 + place] + quarters[128 + place] + quarters[192 + place];
 }
+
+// A key's three digits, high to low: exponent and four bits of the fraction in 12 bits, then twice DIGIT.
+constexpr int DIGIT = 10;
+constexpr int TOP_BINS = 4096, BINS = 1024;
+
+// Sorts as the scores do, which are never negative; NaN 1, zero 2, infinity 0xff000002. 0 is what is no neuron.
+DEVICE uint32_t score_key(float v) { return v > 0 ? 2 * bits_of_float(v) + 2 : 1 + (v == v); }
+
+struct Found {
+    uint32_t digit;
+    uint32_t left;   // still wanted in that bin
+    uint32_t count;  // in that bin
+};
+
+// From the top, the bin in which `wanted` falls. Bin 0 is not counted and stands for all the rest. Every
+// warp sums its share of the bins, then all of them search: one barrier, no broadcast.
+template <int BINS_, int WARPS> DEVICE Found search(const uint32_t* histogram, uint32_t* sums, uint32_t wanted) {
+    constexpr int EACH = BINS_ / WARPS / 32;
+    const int lane = lane_index();
+    auto bins = [&](uint32_t warp, uint32_t from) { return histogram + (warp * 32 + from) * EACH; };
+    uint32_t own = 0;
+    // In an order in which lanes meet on no bank.
+    UNROLL for (int i = 0; i < EACH; i++) own += bins(warp_index(), lane)[(i + lane) % EACH];
+    own = warp_add(own);
+    if (lane == 0) sums[warp_index()] = own;
+    sync_block();
+    // Lane l has the warps' (then the bins') sums from the top: inclusive sums over the lanes below it.
+    auto scan = [&](uint32_t v) {
+        for (int m = 1; m < 32; m *= 2) {
+            const uint32_t from = shuffle(v, (lane - m) & 31);
+            if (lane >= m) v += from;
+        }
+        return v;
+    };
+    own = lane < WARPS ? sums[WARPS - 1 - lane] : 0;
+    uint32_t upto = scan(own), hits = vote(upto >= wanted);
+    if (!hits) return {0, wanted - shuffle(upto, 31), ~0u};
+    int hit = lowest_bit(hits);
+    const uint32_t before = shuffle(upto - own, hit), warp = WARPS - 1 - hit;
+    const uint32_t* mine = bins(warp, 31 - lane);
+    own = 0;
+    UNROLL for (int i = 0; i < EACH; i++) own += mine[(i + lane) % EACH];
+    upto = before + scan(own);
+    hit = lowest_bit(vote(upto >= wanted));
+    uint32_t left = wanted - (upto - own), place = EACH - 1;
+    if (lane == hit)
+        while (mine[place] < left) left -= mine[place--];
+    const uint32_t count = shuffle(lane == hit ? mine[place] : 0, hit);
+    return {(warp * 32 + 31 - hit) * EACH + shuffle(place, hit), shuffle(left, hit), count};
+}
+
+// Goes through words of keys in ascending order: all above the threshold stay, and the first `ties` of those equal to it.
+struct Keeper {
+    uint32_t threshold, ties;
+    uint32_t above, equal;  // so many of those so far
+
+    // Which of a word's keys stay, a lane's each; and this lane's place in the list if it does.
+    DEVICE_MEMBER uint32_t word(uint32_t key, uint32_t& place) {
+        const uint32_t lane = lane_index(), below = (1u << lane) - 1;
+        const uint32_t more = vote(key > threshold), same = vote(key == threshold);
+        const bool stays = more >> lane & 1 || (same >> lane & 1 && equal + count_bits(same & below) < ties);
+        const uint32_t bits = vote(stays);
+        place = above + (equal < ties ? equal : ties) + count_bits(bits & below);
+        above += count_bits(more);
+        equal += count_bits(same);
+        return bits;
+    }
+};
 
 constexpr int WARPS = 32;
 

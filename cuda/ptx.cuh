@@ -22,6 +22,7 @@
 #endif
 #define GRID_CONSTANT __grid_constant__
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_CALL static __device__ __noinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
 #define UNROLL _Pragma("unroll")

@@ -15,6 +15,7 @@ const bool races::instrumented = false;
 #define KERNEL(threads, blocks) extern "C" void
 #define GRID_CONSTANT
 #define DEVICE static inline
+#define DEVICE_CALL static
 #define DEVICE_MEMBER inline
 #define SHARED_BYTES(name) unsigned char* name = host::shared
 #define UNROLL

@@ -405,8 +405,12 @@ pub fn decode_chooses_among_any_scores() {
         odd[at] = v;
     }
     (spread[0], spread[1]) = (1e30, 1e-30);
-    let lists: [(Vec<f32>, &[usize]); 9] = [
+    // More than 32 for each thread of either size of block.
+    let mut many: Vec<f32> = (0..9003).map(|_| (rng.normal() as f32 - 0.5).max(0.0)).collect();
+    (many[17], many[9002]) = (f32::NAN, f32::NAN);
+    let lists: [(Vec<f32>, &[usize]); 10] = [
         (spread, &[1, 2, 7, 640, 2499, 2500]),
+        (many, &[900, 6001, 9002]),
         (even, &[1, 160, 480, 1599]),
         (ties, &[1, 320, 321, 800, 1599]),
         (pairs, &[1, 2, 3, 601, 1199]),

@@ -553,9 +553,14 @@ pub(super) fn router_bytes_room(rows: u32) -> u32 {
 /// What lies ahead of them (`HEAD` there).
 const ROW_BYTES: u32 = 4 * (2 * 64 + 16 * 8);
 
-/// Words of shared memory for choosing among `n` neurons by one block (`select_words` in `cuda/neuron_select.cuh`).
-pub(super) fn select_words(n: u32) -> u32 {
-    2 * 32 + 4096 + 2 * 1024 + n.next_multiple_of(32)
+/// Shared memory for choosing among `n` neurons by one block of so many warps, bytes (`Choice` in `cuda/neuron_select.cuh`):
+/// what the choice takes, or a rehearsal by each warp.
+pub(super) fn choice_bytes(n: u32, warps: u32) -> u32 {
+    const HEAD: u32 = 128 + 2 * 2 * 32 + 2 * 32 + 32;
+    let threads = 32 * warps;
+    let each = n.div_ceil(32 * threads) * 32;
+    let rehearsed = HEAD + 32 * (32 + 4) + 32;
+    4 * (HEAD + threads * (each + 4 + each / 16)).max(warps * rehearsed)
 }
 
 /// Columns of a row of bytes that the router's second product takes at a time, and decode attention along.
@@ -570,5 +575,6 @@ fn select_bytes(router: u32) -> u32 {
 }
 
 fn neuron_bytes(n: u32) -> u32 {
-    select_words(if n > REGISTER_NEURONS { n } else { 0 }) * 4
+    let stored = if n > REGISTER_NEURONS { n.next_multiple_of(32) } else { 0 };
+    (2 * 32 + 4096 + 2 * 1024 + stored) * 4
 }

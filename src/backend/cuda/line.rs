@@ -1,7 +1,7 @@
 //! How decode attention cuts its work, see `cuda/attention_decode.cu`: pieces, the kept KV heads of the sequences, lie on
 //! a line of virtual pages, and workers, blocks of the kernel, own equal intervals of it.
 
-use super::launch::{Kernels, Launch, SKINNY_ROWS, router_bytes_room, select_words};
+use super::launch::{Kernels, Launch, SKINNY_ROWS, choice_bytes, router_bytes_room};
 use super::params::SEGMENT_COST;
 use crate::error::{Error, Result};
 use std::iter::once;
@@ -182,8 +182,10 @@ impl Kernels {
 
     /// Whether a block of that kernel, for such workers, may choose among `n` neurons as well.
     pub fn chooses(&self, n: u32, worker: Worker) -> bool {
-        let (room, most) = self.decode_room(worker == Worker::Large);
-        self.tuning.choose && select_words(n) * 4 <= room && n < 1 << 16 && most > 1
+        let large = worker == Worker::Large && self.decode_large.is_some();
+        let (room, most) = self.decode_room(large);
+        let takes = |n| choice_bytes(n, if large { 8 } else { 4 }) <= room;
+        self.tuning.choose && n < 1 << 16 && takes(n) && most > 1
     }
 
     /// Shared memory that a block may have, and how many blocks run at once.
@@ -212,7 +214,7 @@ impl Kernels {
         let warps = launch.threads / 32;
         let needs = |stages: u32| self.scored_bytes((warps, stages), sequences);
         let stages = self.stages + u32::from(large && needs(self.stages + 1) <= room.0);
-        let shared = needs(stages).max(choice.map_or(0, |n| 4 * select_words(n)));
+        let shared = needs(stages).max(choice.map_or(0, |n| choice_bytes(n, warps)));
         let blocks = (launch.grid.0 + u32::from(choice.is_some())).min(room.1);
         Some((Launch { kernel, grid: (blocks, 1), shared, ..launch }, stages))
     }
