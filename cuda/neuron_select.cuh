@@ -171,7 +171,8 @@ template <int WARPS> struct Choice {
         if (thread % WAYS == 0) list[thread / WAYS] = mine[5 * thread % 32];
     }
 
-    // Places around the one that the threshold has in a sample, one and a half times as far from it as it may well be.
+    // The sample's numbers at the rank that the threshold has among all scores, and nine ranks to either side: at least 1.6
+    // standard deviations.
     DEVICE_MEMBER void guess() {
         const Words2 r = rank<WAYS>(list);
         const int likely = (int)((float)(LEFT * keep) * reciprocal_fast((float)(THREADS * each)));
