@@ -19,6 +19,15 @@ DEVICE float warp_max(float v) {
     return v;
 }
 
+// The sum over this lane and those below it.
+DEVICE uint32_t warp_upto(uint32_t v) {
+    UNROLL for (int m = 1; m < 32; m *= 2) {
+        const uint32_t from = shuffle(v, (lane_index() - m) & 31);
+        if (lane_index() >= m) v += from;
+    }
+    return v;
+}
+
 // Element (row, column) of a sum of partial matrices with `rows` rows each.
 DEVICE float partial_at(const Partial& p, uint32_t rows, uint32_t row, uint32_t column) {
     const float* at = p.data + (uint64_t)row * p.columns + column;

@@ -236,7 +236,7 @@ template <int WARPS> struct Choice {
 
     // The few that are left between `low` and `high`.
     DEVICE_MEMBER void collect() {
-        const uint32_t count = own_low - own_high, all = upto(count);
+        const uint32_t count = own_low - own_high, all = warp_upto(count);
         uint32_t first = 0;
         if (lane == 31) first = atomic_add(found + LISTED, all);
         float* to = list + shuffle(first, 31) + all - count;
@@ -258,14 +258,6 @@ template <int WARPS> struct Choice {
         atomic_or(found + TIES, all ? 0 : wanted - r.w[0]);
     }
 
-    // Sum over the warp's lanes up to this one.
-    DEVICE_MEMBER uint32_t upto(uint32_t v) {
-        UNROLL for (int m = 1; m < 32; m *= 2) {
-            const uint32_t other = shuffle(v, (lane - m) & 31);
-            if ((int)lane >= m) v += other;
-        }
-        return v;
-    }
     DEVICE_MEMBER uint32_t of_warps_below(const uint32_t* sums) {
         return warp_add((int)lane < warp_index() ? sums[lane] : 0);
     }
@@ -287,7 +279,7 @@ template <int WARPS> struct Choice {
                 equal[from / 32 * THREADS + thread] = word;
                 count += count_bits(word);
             }
-            const uint32_t all = upto(count);
+            const uint32_t all = warp_upto(count);
             if (lane == 31) sums[32 + warp_index()] = all;
             sync_block();
             const uint32_t earlier = of_warps_below(sums + 32) + all - count;
@@ -303,7 +295,7 @@ template <int WARPS> struct Choice {
             words[at] = word;
             if (i < n) to[i / 32] = word;
         }
-        const uint32_t all = upto(kept);
+        const uint32_t all = warp_upto(kept);
         if (lane == 31) sums[warp_index()] = all;
         ahead = all - kept;
     }

@@ -27,6 +27,8 @@ DEVICE void scores(const NeuronParams& p) {
             quarters[place] + quarters[64 + place] + quarters[128 + place] + quarters[192 + place];
 }
 
+constexpr int WARPS = 32;
+
 // A key's three digits, high to low: exponent and four bits of the fraction in 12 bits, then twice DIGIT.
 constexpr int DIGIT = 10;
 constexpr int TOP_BINS = 4096, BINS = 1024;
@@ -42,7 +44,7 @@ struct Found {
 
 // From the top, the bin in which `wanted` falls. Bin 0 is not counted and stands for all the rest. Every
 // warp sums its share of the bins, then all of them search: one barrier, no broadcast.
-template <int BINS_, int WARPS> DEVICE Found search(const uint32_t* histogram, uint32_t* sums, uint32_t wanted) {
+template <int BINS_> DEVICE Found search(const uint32_t* histogram, uint32_t* sums, uint32_t wanted) {
     constexpr int EACH = BINS_ / WARPS / 32;
     const int lane = lane_index();
     auto bins = [&](uint32_t warp, uint32_t from) { return histogram + (warp * 32 + from) * EACH; };
@@ -52,23 +54,16 @@ template <int BINS_, int WARPS> DEVICE Found search(const uint32_t* histogram, u
     own = warp_add(own);
     if (lane == 0) sums[warp_index()] = own;
     sync_block();
-    // Lane l has the warps' (then the bins') sums from the top: inclusive sums over the lanes below it.
-    auto scan = [&](uint32_t v) {
-        for (int m = 1; m < 32; m *= 2) {
-            const uint32_t from = shuffle(v, (lane - m) & 31);
-            if (lane >= m) v += from;
-        }
-        return v;
-    };
-    own = lane < WARPS ? sums[WARPS - 1 - lane] : 0;
-    uint32_t upto = scan(own), hits = vote(upto >= wanted);
+    // Lane l has the warps' (then the bins') sums from the top.
+    own = sums[WARPS - 1 - lane];
+    uint32_t upto = warp_upto(own), hits = vote(upto >= wanted);
     if (!hits) return {0, wanted - shuffle(upto, 31), ~0u};
     int hit = lowest_bit(hits);
     const uint32_t before = shuffle(upto - own, hit), warp = WARPS - 1 - hit;
     const uint32_t* mine = bins(warp, 31 - lane);
     own = 0;
     UNROLL for (int i = 0; i < EACH; i++) own += mine[(i + lane) % EACH];
-    upto = before + scan(own);
+    upto = before + warp_upto(own);
     hit = lowest_bit(vote(upto >= wanted));
     uint32_t left = wanted - (upto - own), place = EACH - 1;
     if (lane == hit)
@@ -94,8 +89,6 @@ struct Keeper {
         return bits;
     }
 };
-
-constexpr int WARPS = 32;
 
 // Block (piece, group): finds the group's `keep` best scores and writes its piece of the bit mask and, for
 // group 0, of the list. Every piece finds the threshold by itself, which costs no time and no order between
@@ -145,7 +138,7 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
         if (nans && lane == 0) atomic_add(p.nan_count, nans);
     }
     sync_block();
-    Found found = search<TOP_BINS, WARPS>(top, sums, keep);
+    Found found = search<TOP_BINS>(top, sums, keep);
     uint32_t prefix = found.digit;
     int shift = 2 * DIGIT;
     // Keys whose first digits are `prefix`, by the next one.
@@ -155,7 +148,7 @@ template <int EACH> DEVICE void select(const NeuronParams& p) {
             if (k >> shift == prefix && digit) atomic_add(histogram + digit, 1);
         }
         sync_block();
-        found = search<BINS, WARPS>(histogram, sums, found.left);
+        found = search<BINS>(histogram, sums, found.left);
         prefix = prefix << DIGIT | found.digit;
         shift -= DIGIT;
     }

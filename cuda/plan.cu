@@ -35,11 +35,7 @@ DEVICE void attention(const PlanParams& p) {
             p.keep[b] = keep;
             cost = keep * ((tokens + PAGE_TOKENS - 1) / PAGE_TOKENS + p.segment_cost);
         }
-        uint32_t sum = cost;  // of this lane and those below
-        for (int m = 1; m < 32; m *= 2) {
-            const uint32_t from = shuffle(sum, (lane_index() - m) & 31);
-            if (lane_index() >= m) sum += from;
-        }
+        uint32_t sum = warp_upto(cost);
         if (lane_index() == 31) sums[warp_index()] = sum;
         sync_block();
         uint32_t all = 0;

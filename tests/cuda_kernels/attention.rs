@@ -160,7 +160,7 @@ fn decode(bench: &Bench, c: &Case) -> Vec<u8> {
         if chosen == 0 {
             return Scores::new(bench, size, 0, false);
         }
-        // Scores in the first, the last and many other bins, and zeros.
+        // Scores of many sizes, very large and very small ones too, and zeros.
         Scores::with(bench, size, 0, false, &[1.0, 1.0, 1e-7, 3e5, 0.0]).choosing(bench, chosen)
     });
     let (launch, stages) = match scores {

@@ -182,10 +182,15 @@ impl Kernels {
 
     /// Whether a block of that kernel, for such workers, may choose among `n` neurons as well.
     pub fn chooses(&self, n: u32, worker: Worker) -> bool {
-        let large = worker == Worker::Large && self.decode_large.is_some();
+        let large = self.is_large(worker);
         let (room, most) = self.decode_room(large);
         let takes = |n| choice_bytes(n, if large { 8 } else { 4 }) <= room;
         self.tuning.choose && n < 1 << 16 && takes(n) && most > 1
+    }
+
+    /// Whether such workers are large blocks here: not all head sizes have those.
+    fn is_large(&self, worker: Worker) -> bool {
+        worker == Worker::Large && self.decode_large.is_some()
     }
 
     /// Shared memory that a block may have, and how many blocks run at once.
@@ -205,7 +210,7 @@ impl Kernels {
         worker: Worker,
         choice: Option<u32>,
     ) -> Option<(Launch, u32)> {
-        let large = worker == Worker::Large && self.decode_large.is_some();
+        let large = self.is_large(worker);
         let launch = self.decode(sequences, if large { worker } else { Worker::Small }, false);
         let kernel = self.decode_scored[usize::from(large)]?;
         let room = self.decode_room(large);
